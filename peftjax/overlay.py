@@ -1,0 +1,125 @@
+"""What may stand where an array stood: overlays, their fields, and references between them."""
+
+import dataclasses
+from typing import Any, Iterator, dataclass_transform
+
+import jax
+
+from peftjax import compat
+
+BARE = (
+    "an overlay ({}) reached code that expects an array. The model was called on a tuned tree without "
+    "`peftjax.wrap`: call `wrap(fn)(tuned, ...)` instead of `fn(tuned, ...)`, or give the model `merge(tuned)`"
+)
+ARRAY_ATTRIBUTES = {"shape", "dtype", "ndim", "size", "T", "mT", "astype", "reshape", "at", "weak_type", "aval"}
+
+
+def trained(**kwargs: Any) -> Any:
+    """A field of an overlay that trains."""
+    return dataclasses.field(metadata={"kind": "trained"}, **kwargs)
+
+
+def frozen(**kwargs: Any) -> Any:
+    """A field of an overlay that holds arrays which never move."""
+    return dataclasses.field(metadata={"kind": "frozen"}, **kwargs)
+
+
+def static(**kwargs: Any) -> Any:
+    """A field of an overlay that is part of its type: hashable, never traced."""
+    return dataclasses.field(metadata={"kind": "static"}, **kwargs)
+
+
+@dataclass_transform(field_specifiers=(trained, frozen, static), frozen_default=True, kw_only_default=True)
+def overlay[C: type](cls: C) -> C:
+    """Makes a class of fields an overlay: a frozen dataclass and a pytree node whose paths name its fields."""
+    made = dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)(cls)
+    kinds = {f.name: f.metadata.get("kind", "frozen") for f in dataclasses.fields(made)}
+    made.kinds = kinds
+    return jax.tree_util.register_dataclass(
+        made,
+        data_fields=[n for n, k in kinds.items() if k != "static"],
+        meta_fields=[n for n, k in kinds.items() if k == "static"],
+    )
+
+
+class Overlay:
+    """A node that stands where an array stood, of the same logical type.
+
+    `base` is what it stands on: an array, or another overlay. Fields are `trained`, `frozen` or `static`;
+    `locked` names the trained fields that no longer train.
+    """
+
+    kinds: dict[str, str]
+    base: Any
+    locked: tuple[str, ...]
+
+    @property
+    def type(self) -> Any:
+        """The logical type of the array replaced (shape, dtype, weak type, sharding, varying axes)."""
+        return type_of(self.base)
+
+    @property
+    def trained_fields(self) -> tuple[str, ...]:
+        """Names of the fields that train."""
+        return tuple(n for n, k in self.kinds.items() if k == "trained" and n not in self.locked)
+
+    @property
+    def bottom(self) -> Any:
+        """The array below every overlay."""
+        return self.base.bottom if isinstance(self.base, Overlay) else self.base
+
+    def replace(self, **fields: Any) -> Any:
+        """A copy with these fields changed."""
+        return dataclasses.replace(self, **fields)  # type: ignore[type-var]
+
+    def summary(self) -> str:
+        """What the short repr says beside the type: a method's rank, width or length."""
+        return ""
+
+    def __repr__(self) -> str:
+        below = self.base if isinstance(self.base, Overlay) else short(self.base)
+        return f"{type(self).__name__}({', '.join(filter(None, (repr(below) if below is self.base else below, self.summary())))})"
+
+    def __jax_array__(self) -> Any:
+        raise TypeError(BARE.format(type(self).__name__))
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(BARE.format(type(self).__name__))
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ARRAY_ATTRIBUTES:
+            raise TypeError(BARE.format(type(self).__name__))
+        raise AttributeError(f"{type(self).__name__} has no field {name!r}")
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Ref:
+    """A field that lives in another overlay: the overlay at `path` holds it as `field`. One array, one gradient."""
+
+    path: str
+    field: str
+
+
+def is_overlay(x: Any) -> bool:
+    """Whether x is an overlay; the `is_leaf` of every walk over a tuned tree."""
+    return isinstance(x, Overlay)
+
+
+def type_of(x: Any) -> Any:
+    """The logical type of an array, an abstract array, or an overlay."""
+    return x.type if isinstance(x, Overlay) else compat.type_of(x)
+
+
+def layers(x: Any) -> Iterator[Overlay]:
+    """The overlays stacked on one leaf, outermost first."""
+    while isinstance(x, Overlay):
+        yield x
+        x = x.base
+
+
+def short(x: Any) -> str:
+    """`float32[768,768]` of an array, `-` of what is absent."""
+    if x is None or not hasattr(x, "shape"):
+        return "-"
+    return f"{x.dtype}[{','.join(map(str, x.shape))}]"
