@@ -1,0 +1,55 @@
+"""Packaging: `pip install -e .` for the library, `pip install -e ".[experiments]"` for the research scripts."""
+
+from setuptools import find_packages, setup
+
+# The core (overlay to methods) imports jax alone, and works where nothing else is installed. optax and safetensors are
+# here because `import peftjax` also offers `train_only` and `save`, which a user expects to work as they stand.
+CORE = ["jax>=0.7", "optax>=0.2.4", "safetensors>=0.4"]
+
+EXPERIMENTS = [
+    "flax>=0.11",
+    "optax>=0.2.4",
+    "orbax-checkpoint>=0.11",
+    "tensorflow-datasets>=4.9.8",
+    "array_record",
+    "grain",
+    "importlib_resources",  # tensorflow-datasets imports it without asking for it
+    "ml_collections",
+    "absl-py",
+    "rich",
+    "tokenizers",
+    "safetensors>=0.4",
+    "scikit-learn",
+    "chex",
+    "huggingface_hub",
+]
+
+TEST = [
+    *EXPERIMENTS,
+    "pytest>=8",
+    "pytest-xdist>=3.5",
+    "hypothesis",
+    "transformers>=4.57,<5",  # the last line with Flax models, which the tests use as models written by others
+    "mypy",
+]
+
+setup(
+    name="peftjax",
+    version="0.1.0",
+    description="Parameter-efficient fine-tuning for any JAX function of a parameter pytree",
+    long_description="Fine-tune a small part of a pretrained JAX model, in Flax, Haiku, Equinox or plain JAX, without a change to its code.",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["peftjax", "peftjax.*"]),
+    package_data={"peftjax": ["py.typed"]},
+    install_requires=CORE,
+    extras_require={
+        "optim": ["optax>=0.2.4"],
+        "experiments": EXPERIMENTS,
+        "test": TEST,
+        "tf": ["tensorflow-cpu"],
+        "cuda": ["jax[cuda12]"],
+        "tpu": ["jax[tpu]"],
+    },
+)
