@@ -1,0 +1,126 @@
+"""Switches of overlays: their scale, their randomness, and whether they train."""
+
+import hashlib
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from peftjax.overlay import Overlay
+from peftjax.paths import flatten
+from peftjax.patterns import chosen
+from peftjax.tree import map_layers, map_leaves
+
+
+def scale(tuned: Any, factor: Any) -> Any:
+    """Multiplies the effect of every overlay: 1 leaves it, 0 is the base model, between them it interpolates.
+
+    Args:
+      tuned: a tree with overlays.
+      factor: a number, or an array of shape (), which may be traced.
+
+    Returns:
+      A tree of the same structure and types, so nothing is traced again.
+
+    Raises:
+      ValueError: the factor is not a finite scalar.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, peftjax as pj
+      >>> tuned = pj.unfreeze("b").init(jax.random.key(0), {"b": jnp.ones(2), "w": jnp.ones((2, 2))})
+      >>> pj.scale(tuned, 0.5)["b"].scale
+      Array(0.5, dtype=float32)
+    """
+    if jnp.ndim(factor) or (isinstance(factor, (int, float)) and not math.isfinite(factor)):
+        raise ValueError(f"expected a finite number or an array of shape (), found {factor!r}")
+    by = lambda s: s * (factor if isinstance(factor, (int, float)) else jnp.asarray(factor, s.dtype))
+    return map_layers(lambda _, x: x.replace(scale=jax.tree.map(by, x.scale)), tuned)
+
+
+def disable(tuned: Any) -> Any:
+    """Switches every overlay off: the base model, of the same structure and types, so nothing is traced again.
+
+    Args:
+      tuned: a tree with overlays.
+
+    Returns:
+      The tree with every scale 0. What trains keeps its values.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, peftjax as pj
+      >>> tuned = pj.unfreeze("b").init(jax.random.key(0), {"b": jnp.ones(2), "w": jnp.ones((2, 2))})
+      >>> pj.disable(tuned)["b"].scale
+      Array(0., dtype=float32)
+    """
+    return map_layers(lambda _, x: x.replace(scale=jax.tree.map(jnp.zeros_like, x.scale)), tuned)
+
+
+def lock(tuned: Any, targets: Any = ".*") -> Any:
+    """Keeps overlays from training, as under a new one: every overlay on these leaves is frozen from here on.
+
+    Args:
+      tuned: a tree with overlays.
+      targets: which leaves: a regex fullmatched on the leaf's or its module's path, or a sequence of suffixes; all
+          overlays by default.
+
+    Returns:
+      The tree with the same arrays; `partition`, `mask` and what is built on them count them as frozen.
+
+    Raises:
+      ValueError: a pattern matches no leaf with an overlay.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, peftjax as pj
+      >>> tuned = pj.unfreeze("b").init(jax.random.key(0), {"b": jnp.ones(2), "w": jnp.ones((2, 2))})
+      >>> pj.extract(pj.lock(tuned, "b"))
+      {}
+    """
+    paths = chosen(targets, [path for path, x in flatten(tuned) if isinstance(x, Overlay)])
+    return map_leaves(lambda path, x: _locked(x) if path in paths else x, tuned)
+
+
+def _locked(x: Any) -> Any:
+    if not isinstance(x, Overlay):
+        return x
+    return x.replace(base=_locked(x.base), locked=tuple(n for n, kind in x.kinds.items() if kind == "trained"))
+
+
+def with_key(tuned: Any, key: Any) -> Any:
+    """Gives every overlay with dropout its own random key; without one, an overlay is deterministic.
+
+    The key of a leaf is `fold_in(key, hash of its path)`, split where layers are stacked. Call it inside the loss: keys
+    are no parameters, and a tree that holds them cannot be differentiated whole.
+
+    Args:
+      tuned: a tree with overlays.
+      key: a random key, a new one for every step; None takes the keys out.
+
+    Returns:
+      The tree with keys. Overlays whose dropout is 0 stay as they are.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, peftjax as pj
+      >>> method = pj.lora(rank=1, dropout=0.1, targets="w")
+      >>> tuned = method.init(jax.random.key(0), {"b": jnp.ones(2), "w": jnp.ones((2, 2))})
+      >>> pj.with_key(tuned, jax.random.key(1))["w"].key.shape, pj.with_key(tuned, None)["w"].key
+      ((), None)
+    """
+    if key is not None and not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+
+    def keyed(path: str, x: Overlay) -> Any:
+        if "key" not in x.kinds or (key is not None and not getattr(x, "dropout", 0)):
+            return x
+        return x.replace(key=None if key is None else _split(fold(key, path), jnp.shape(x.scale)))
+
+    return map_layers(keyed, tuned)
+
+
+def fold(key: Any, path: str) -> Any:
+    """The key of a path: the same in every process and version."""
+    return jax.random.fold_in(key, int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "little"))
+
+
+def _split(key: Any, shape: tuple[int, ...]) -> Any:
+    return jax.random.split(key, shape) if shape else key
