@@ -1,11 +1,93 @@
 """The only file that knows which jax is running."""
 
-from typing import Any, Callable, Sequence
+import contextlib
+from typing import Any, Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core as jex
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def type_of(x: Any) -> Any:
     """The full type of an array: shape, dtype, weak type, sharding and varying axes."""
     return x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+
+
+def is_traced(x: Any) -> bool:
+    """Whether x is a tracer of some transformation."""
+    return isinstance(x, jax.core.Tracer)
+
+
+def single(eqn: Any, operands: Sequence[Any], debug_info: Any) -> list[Any]:
+    """Runs one equation on plain operands, as JAX itself would, under its own name stack."""
+    seen = {v: x for v, x in zip(eqn.invars, operands) if not isinstance(v, jex.Literal)}
+    parts = dict(constvars=[], invars=list(seen), outvars=list(eqn.outvars), eqns=[eqn], effects=eqn.effects)
+    jaxpr = jex.Jaxpr(**parts, debug_info=debug_info)
+    return jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, ()))(*seen.values())
+
+
+def scan_sizes(params: dict[str, Any]) -> tuple[int, int]:
+    """How many operands of a scan are constants, and how many are carries."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry = params["ft_in"].unpack()[:2]
+    return len(consts), len(carry)
+
+
+@contextlib.contextmanager
+def scope(eqn: Any) -> Iterator[None]:
+    """The equation's name stack, for operations that a rule puts in its place."""
+    name = str(eqn.source_info.name_stack)
+    with jax.named_scope(name) if name else contextlib.nullcontext():
+        yield
+
+
+def instantiate(g: Any) -> Any:
+    """A cotangent as an array, where it may be a symbolic zero."""
+    if isinstance(g, jax.custom_derivatives.SymbolicZero):
+        return jnp.zeros(g.shape, g.dtype)
+    return g
+
+
+def is_unspecified(sharding: Any) -> bool:
+    """Whether a jit region leaves this sharding to the compiler."""
+    return not isinstance(sharding, jax.sharding.Sharding)
+
+
+def explicit_spec(x: Any) -> Any:
+    """The partition of x's dimensions, where its mesh has explicit axes, else None."""
+    sharding = getattr(jax.typeof(x), "sharding", None)
+    mesh = getattr(sharding, "mesh", None)
+    if mesh is None or mesh.empty or AxisType.Explicit not in mesh.axis_types:
+        return None
+    return tuple(sharding.spec) + (None,) * (jnp.ndim(x) - len(sharding.spec))
+
+
+def product_sharding(x: Any, w: Any, xs: Sequence[Any], ws: Sequence[Any], out: Sequence[Any]) -> Any:
+    """Under explicit axes: where each axis of a product lies, from its operands' axes; None elsewhere."""
+    specs = [(x, xs, explicit_spec(x)), (w, ws, explicit_spec(w))]
+    if all(spec is None for _, _, spec in specs):
+        return None
+    where: dict[Any, Any] = {}
+    for _, labels, spec in reversed(specs):
+        where.update({a: s for a, s in zip(labels, spec or ()) if s is not None})
+    used: set[str] = set()
+    entries = [_unused(where.get(a), used) for a in out]
+    mesh = next(jax.typeof(v).sharding.mesh for v, _, spec in specs if spec is not None)
+    return NamedSharding(mesh, PartitionSpec(*entries))
+
+
+def _unused(entry: Any, used: set[str]) -> Any:
+    names = (entry,) if isinstance(entry, str) else tuple(entry or ())
+    if not names or used & set(names):
+        return None
+    used.update(names)
+    return entry
+
+
+def like(y: Any, kind: Any) -> Any:
+    """y laid out as a type with explicit axes says; y itself elsewhere."""
+    if explicit_spec(y) is None or jax.typeof(y).sharding == kind.sharding:
+        return y
+    return jax.sharding.reshard(y, kind.sharding)

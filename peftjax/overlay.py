@@ -1,11 +1,13 @@
 """What may stand where an array stood: overlays, their fields, and references between them."""
 
 import dataclasses
-from typing import Any, Iterator, dataclass_transform
+from typing import Any, Iterator, TypeVar, dataclass_transform
 
 import jax
 
 from peftjax import compat
+
+C = TypeVar("C", bound=type)
 
 BARE = (
     "an overlay ({}) reached code that expects an array. The model was called on a tuned tree without "
@@ -30,7 +32,7 @@ def static(**kwargs: Any) -> Any:
 
 
 @dataclass_transform(field_specifiers=(trained, frozen, static), frozen_default=True, kw_only_default=True)
-def overlay[C: type](cls: C) -> C:
+def overlay(cls: C) -> C:
     """Makes a class of fields an overlay: a frozen dataclass and a pytree node whose paths name its fields."""
     made = dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)(cls)
     kinds = {f.name: f.metadata.get("kind", "frozen") for f in dataclasses.fields(made)}
@@ -72,6 +74,10 @@ class Overlay:
         """A copy with these fields changed."""
         return dataclasses.replace(self, **fields)  # type: ignore[type-var]
 
+    def labels(self) -> dict[str, tuple[Any, ...]]:
+        """For each array field: its axes, `(k,)` where it is axis k of the base, a word where it is the overlay's own."""
+        raise NotImplementedError(f"{type(self).__name__}.labels")
+
     def summary(self) -> str:
         """What the short repr says beside the type: a method's rank, width or length."""
         return ""
@@ -88,7 +94,7 @@ class Overlay:
 
     def __getattr__(self, name: str) -> Any:
         if name in ARRAY_ATTRIBUTES:
-            raise TypeError(BARE.format(type(self).__name__))
+            raise AttributeError(BARE.format(type(self).__name__))
         raise AttributeError(f"{type(self).__name__} has no field {name!r}")
 
 

@@ -1,0 +1,231 @@
+"""An operator as a sum of products: `W = sum_t dense_t * factor_t1 * factor_t2 ...`, over named axes."""
+
+import dataclasses
+import math
+from functools import partial
+from typing import Any, NamedTuple, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from peftjax import compat
+from peftjax.overlay import Overlay, type_of
+from peftjax.views import Atom, Cut, Drop, DynamicCut, Edit, Layout, Reverse, Split
+
+Labels = tuple[Any, ...]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["atoms"])
+@dataclasses.dataclass(frozen=True)
+class Factor:
+    """An array whose axes are atoms of the operator's axes, or inner labels (strings) that the product sums over."""
+
+    array: Any
+    atoms: Labels
+
+    def edited(self, edit: Edit, operands: Sequence[Any]) -> "Factor":
+        """The factor after the operator's axes moved: untouched where it lacks the axis."""
+        if edit.atom not in self.atoms:
+            return self
+        k = self.atoms.index(edit.atom)
+        match edit:
+            case Split(_, parts, sizes):
+                shape = (*self.array.shape[:k], *sizes, *self.array.shape[k + 1 :])
+                return Factor(self.array.reshape(shape), (*self.atoms[:k], *parts, *self.atoms[k + 1 :]))
+            case Drop():
+                return Factor(lax.squeeze(self.array, (k,)), (*self.atoms[:k], *self.atoms[k + 1 :]))
+            case Cut(_, start, limit, stride):
+                return Factor(lax.slice_in_dim(self.array, start, limit, stride, k), self.atoms)
+            case DynamicCut(_, operand, size):
+                return Factor(lax.dynamic_slice_in_dim(self.array, operands[operand], size, k), self.atoms)
+            case Reverse():
+                return Factor(lax.rev(self.array, (k,)), self.atoms)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["dense", "factors", "key"], meta_fields=["uses", "rate"])
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """One product. `dense` spans the operator's axes in their order; `uses` limits the primitives it acts in.
+
+    `rate` and `key` are dropout of what the term reads.
+    """
+
+    dense: Any = None
+    factors: tuple[Factor, ...] = ()
+    key: Factor | None = None
+    uses: tuple[str, ...] | None = None
+    rate: float = 0.0
+
+    def acts_in(self, primitive: str) -> bool:
+        """Whether the term takes part where this primitive uses the operator."""
+        return self.uses is None or primitive in self.uses
+
+    def mapped(self, on_factor: Any, dense: Any) -> "Term":
+        """The term with every factor (and the key) changed, and another dense part."""
+        key = None if self.key is None else on_factor(self.key)
+        return dataclasses.replace(self, dense=dense, factors=tuple(map(on_factor, self.factors)), key=key)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["terms"], meta_fields=["layout", "type", "path"])
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """An operator on its way through a model: its terms, its axes as viewed so far, its logical type, its leaf's path."""
+
+    terms: tuple[Term, ...]
+    layout: Layout
+    type: Any
+    path: str
+
+    def only_for(self, primitive: str) -> "Weight":
+        """The operator as this primitive sees it."""
+        return dataclasses.replace(self, terms=tuple(t for t in self.terms if t.acts_in(primitive)))
+
+    @property
+    def plain(self) -> Any:
+        """Its dense array, where that is all there is, else None."""
+        term = self.terms[0] if len(self.terms) == 1 else Term(factors=(Factor(None, ()),))
+        return term.dense if not term.factors else None
+
+
+def expand(leaf: Any, path: str = "") -> Weight:
+    """The operator that a leaf stands for: an array is its own dense term; an overlay changes its base's terms."""
+
+    def terms(x: Any) -> tuple[Term, ...]:
+        return x.expand(terms(x.base)) if isinstance(x, Overlay) else (Term(dense=x),)
+
+    kind = type_of(leaf)
+    return Weight(terms(leaf), Layout.of(kind.shape), kind, path)
+
+
+def materialise(leaf: Any) -> Any:
+    """The array that an overlay stands for: summed in float32 (or wider), then cast to the leaf's dtype."""
+    return dense(expand(leaf)) if isinstance(leaf, Overlay) else leaf
+
+
+def dense(weight: Weight) -> Any:
+    """The operator as one array of its logical type."""
+    if (plain := weight.plain) is not None:
+        return plain
+    total: Any = None
+    for term in weight.terms:
+        value = _dense_term(term, weight.layout)
+        total = value if total is None else total + value
+    return total.astype(weight.type.dtype)
+
+
+def _dense_term(term: Term, layout: Layout) -> Any:
+    if term.rate and term.key is not None:
+        raise ValueError("dropout acts on what a weight reads, so a weight with a dropout key has no dense value")
+    wide = lambda x: x.astype(wide_dtype(x.dtype))
+    factors = tuple(Factor(wide(f.array), f.atoms) for f in term.factors)
+    if term.dense is not None:
+        factors = (Factor(wide(term.dense).reshape([layout.size(a) for a in layout.atoms]), layout.atoms), *factors)
+    sizes = {a: layout.size(a) for a in layout.atoms}
+    return chain(factors[0], factors[1:], layout.atoms, sizes).reshape(layout.shape)
+
+
+def wide_dtype(dtype: Any) -> Any:
+    """float32 for narrower floating types, else the type itself."""
+    return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else dtype
+
+
+def chain(x: Factor, factors: Sequence[Factor], out: Labels, sizes: dict[Any, int], precision: Any = None) -> Any:
+    """Contracts x with factor after factor, the smallest result first, into an array with axes `out`.
+
+    Labels that are not in `out` are summed; labels of `out` that nobody holds are broadcast to `sizes`.
+    """
+    todo = list(factors)
+    while todo:
+        todo.sort(key=lambda f: _result_size(x, f, _kept(out, todo, f)))
+        factor = todo.pop(0)
+        x = pair(x, factor, {*out, *(a for f in todo for a in f.atoms)}, precision)
+    x = _summed(x, set(out))
+    missing = [a for a in out if a not in x.atoms]
+    order = [x.atoms.index(a) for a in out if a in x.atoms]
+    array = lax.transpose(x.array, order)
+    if missing:
+        shape = [sizes[a] for a in out]
+        array = lax.broadcast_in_dim(array, shape, [k for k, a in enumerate(out) if a in x.atoms])
+    return array
+
+
+def _kept(out: Labels, todo: Sequence[Factor], factor: Factor) -> set[Any]:
+    return {*out, *(a for f in todo if f is not factor for a in f.atoms)}
+
+
+def _result_size(x: Factor, f: Factor, keep: set[Any]) -> int:
+    sizes = {**dict(zip(x.atoms, x.array.shape)), **dict(zip(f.atoms, f.array.shape))}
+    return math.prod(n for a, n in sizes.items() if a in keep)
+
+
+def _summed(x: Factor, keep: set[Any]) -> Factor:
+    gone = tuple(k for k, a in enumerate(x.atoms) if a not in keep)
+    return Factor(x.array.sum(gone), tuple(a for a in x.atoms if a in keep)) if gone else x
+
+
+def pair(x: Factor, w: Factor, keep: set[Any], precision: Any = None) -> Factor:
+    """The product of two labelled arrays in x's dtype, summed over what neither `keep` nor the other holds."""
+    x = _summed(x, keep | set(w.atoms))
+    w = _summed(w, keep | set(x.atoms))
+    if set(w.atoms) <= set(x.atoms) & keep:
+        order = [w.atoms.index(a) for a in x.atoms if a in w.atoms]
+        shape = [n if a in w.atoms else 1 for a, n in zip(x.atoms, x.array.shape)]
+        return Factor(x.array * lax.transpose(w.array, order).reshape(shape).astype(x.array.dtype), x.atoms)
+    shared = set(x.atoms) & set(w.atoms)
+    out = (
+        *(a for a in x.atoms if a in shared and a in keep),
+        *(a for a in x.atoms if a not in shared),
+        *(a for a in w.atoms if a not in shared),
+    )
+    return Factor(product(x.array, w.array, How(x.atoms, w.atoms, out, precision), w.array.dtype), out)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def product(x: Any, w: Any, how: "How", dtype: Any) -> Any:
+    """`x . w` over the labels they share, in x's dtype; the gradient for w (of this dtype) is taken with x on the right.
+
+    Taken so, XLA on CPU multiplies by the activations as they lie in memory, instead of by a transposed copy of them.
+    """
+    return _dot(x, w.astype(x.dtype), how.x, how.w, how.out, how.precision)
+
+
+class How(NamedTuple):
+    """The axes of a product's operands and of its result, and its precision."""
+
+    x: Labels
+    w: Labels
+    out: Labels
+    precision: Any
+
+
+def _product_fwd(x: Any, w: Any, how: How, dtype: Any) -> Any:
+    saved = (x.value if w.perturbed else None, w.value if x.perturbed else None)
+    return product(x.value, w.value, how, dtype), saved
+
+
+def _product_bwd(how: How, dtype: Any, saved: Any, g: Any) -> Any:
+    x, w = saved
+    g = compat.instantiate(g)
+    dx = None if w is None else _dot(g, w.astype(g.dtype), how.out, how.w, how.x, how.precision)
+    dw = None if x is None else _dot(g, x, how.out, how.x, how.w, how.precision, dtype)
+    return dx, dw
+
+
+product.defvjp(_product_fwd, _product_bwd, symbolic_zeros=True)
+
+
+def _dot(x: Any, w: Any, xs: Labels, ws: Labels, out: Labels, precision: Any, dtype: Any = None) -> Any:
+    batch = [a for a in xs if a in ws and a in out]
+    summed = [a for a in xs if a in ws and a not in out]
+    at = lambda labels, which: [labels.index(a) for a in which]
+    made = (*batch, *(a for a in xs if a not in ws), *(a for a in ws if a not in xs))
+    y = lax.dot_general(
+        x,
+        w,
+        ((at(xs, summed), at(ws, summed)), (at(xs, batch), at(ws, batch))),
+        precision=precision,
+        preferred_element_type=dtype,
+        out_sharding=compat.product_sharding(x, w, xs, ws, made),
+    )
+    return lax.transpose(y, at(made, out))

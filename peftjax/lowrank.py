@@ -1,0 +1,100 @@
+"""Low-rank factors: how they lie beside a weight's axes, and how they start."""
+
+import math
+from typing import Any, Callable
+
+import jax
+import jax.numpy as jnp
+
+from peftjax.method import Leaf
+
+
+def replaced(axes: str, letter: str, label: str) -> tuple[Any, ...]:
+    """A leaf's axes with those of this letter replaced by one inner axis, where the first of them stood."""
+    first = axes.index(letter)
+    kept = [label if k == first else (k,) for k, x in enumerate(axes) if x != letter or k == first]
+    return tuple(kept)
+
+
+Started = tuple[Any, Any, bool]
+
+
+def _shapes(leaf: Leaf, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    size = lambda a: rank if a == "rank" else leaf.type.shape[a[0]]
+    a, b = (tuple(map(size, replaced(leaf.axes, letter, "rank"))) for letter in "oi")
+    return a, b
+
+
+def _kaiming(leaf: Leaf, rank: int, scale: float) -> Started:
+    a, b = _shapes(leaf, rank)
+    bound = 1 / math.sqrt(math.prod(leaf.sizes("i")))
+    return jax.random.uniform(leaf.key, a, jnp.float32, -bound, bound), jnp.zeros(b, jnp.float32), False
+
+
+def _gaussian(leaf: Leaf, rank: int, scale: float) -> Started:
+    a, b = _shapes(leaf, rank)
+    return jax.random.normal(leaf.key, a, jnp.float32) / rank, jnp.zeros(b, jnp.float32), False
+
+
+def _zero_a(leaf: Leaf, rank: int, scale: float) -> Started:
+    a, b = _shapes(leaf, rank)
+    bound = 1 / math.sqrt(rank)
+    return jnp.zeros(a, jnp.float32), jax.random.uniform(leaf.key, b, jnp.float32, -bound, bound), False
+
+
+def _matrices(leaf: Leaf, rank: int, factors: Callable[[Any, Any], tuple[Any, Any]]) -> tuple[Any, Any]:
+    """Factors each (in, out) matrix of the leaf, in float32, and lays them out as the fields `a` and `b`."""
+    groups = {letter: [k for k, x in enumerate(leaf.axes) if x in letter] for letter in ("sb", "i", "o")}
+    order = [k for group in groups.values() for k in group]
+    n_in, n_out = math.prod(leaf.sizes("i")), math.prod(leaf.sizes("o"))
+    w = jnp.transpose(leaf.dense.astype(jnp.float32), order).reshape(-1, n_in, n_out)
+    a, b = jax.vmap(factors)(w, jax.random.split(leaf.key, len(w)))
+    lead = [(k,) for k in groups["sb"]]
+    laid = []
+    for x, have, letter in (
+        (a, [*lead, *((k,) for k in groups["i"]), "rank"], "o"),
+        (b, [*lead, "rank", *((k,) for k in groups["o"])], "i"),
+    ):
+        x = x.reshape([rank if isinstance(k, str) else leaf.type.shape[k[0]] for k in have])
+        laid.append(jnp.transpose(x, [have.index(k) for k in replaced(leaf.axes, letter, "rank")]))
+    return laid[0], laid[1]
+
+
+def _pissa(leaf: Leaf, rank: int, scale: float) -> Started:
+    def factors(w: Any, key: Any) -> tuple[Any, Any]:
+        u, s, v = jnp.linalg.svd(w, full_matrices=False)
+        root = jnp.sqrt(s[:rank] / scale)
+        return u[:, :rank] * root, root[:, None] * v[:rank]
+
+    return *_matrices(leaf, rank, factors), True
+
+
+def _olora(leaf: Leaf, rank: int, scale: float) -> Started:
+    def factors(w: Any, key: Any) -> tuple[Any, Any]:
+        q, r = jnp.linalg.qr(w.T)
+        return r[:rank].T, q[:, :rank].T
+
+    return *_matrices(leaf, rank, factors), True
+
+
+def _orthogonal(leaf: Leaf, rank: int, scale: float) -> Started:
+    if rank % 2:
+        raise ValueError(f"lora: init 'orthogonal' needs an even rank, found {rank} at {leaf.path}")
+
+    def factors(w: Any, key: Any) -> tuple[Any, Any]:
+        mixing, reads, writes = jax.random.split(key, 3)
+        q, _ = jnp.linalg.qr(jax.random.normal(mixing, (rank, rank), jnp.float32))
+        a = jax.random.normal(reads, (w.shape[0], rank // 2), jnp.float32) @ q[0::2] / 10
+        return a, (jax.random.normal(writes, (w.shape[1], rank // 2), jnp.float32) @ q[1::2] / 10).T
+
+    return *_matrices(leaf, rank, factors), False
+
+
+INITS: dict[str, Callable[[Leaf, int, float], Started]] = {
+    "kaiming": _kaiming,
+    "gaussian": _gaussian,
+    "zero_a": _zero_a,
+    "pissa": _pissa,
+    "olora": _olora,
+    "orthogonal": _orthogonal,
+}

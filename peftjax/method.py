@@ -1,0 +1,226 @@
+"""A method: a small value that says which leaves of a tree become which overlays."""
+
+import dataclasses
+import functools
+import inspect
+import json
+import zlib
+from typing import Any, Callable, Mapping, ParamSpec, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from peftjax.factored import materialise
+from peftjax.overlay import is_overlay, layers, type_of
+from peftjax.paths import flatten, path_of
+from peftjax.roles import Roles
+from peftjax.targets import Targets, check_patterns, choose
+
+P = ParamSpec("P")
+Init = Callable[[jax.Array, Any, Roles | None], Any]
+FACTORIES: dict[str, Callable[..., "Method"]] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What a factory such as `peftjax.lora` returns: its name, its options, and how it rewrites a tree.
+
+    Attributes:
+      name: the factory's name.
+      options: the factory's arguments.
+      identity_at_init: whether the tuned function equals the original exactly before training.
+      penalty: `penalty(tuned) -> scalar`, added to the loss by a train step, or None.
+      update: `update(tuned, grads, step) -> tuned`, run after the optimizer, or None.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    start: Init = dataclasses.field(compare=False, repr=False)
+    identity_at_init: bool = True
+    penalty: Callable[[Any], Any] | None = dataclasses.field(default=None, compare=False, repr=False)
+    update: Callable[[Any, Any, Any], Any] | None = dataclasses.field(default=None, compare=False, repr=False)
+
+    def init(self, key: jax.Array, params: Any, roles: Roles | None = None) -> Any:
+        """A new tree with overlays; `params` and its buffers stay as they are.
+
+        Args:
+          key: a PRNG key; every leaf draws from it folded with the leaf's path.
+          params: the pretrained tree, or one that already holds overlays.
+          roles: what `peftjax.roles` found; without it only kernels of two axes, (in, out), are accepted.
+
+        Returns:
+          The tuned tree.
+
+        Raises:
+          ValueError: a pattern that matches nothing, or a leaf that the method cannot tune.
+        """
+        return self.start(key, params, roles)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The method as JSON-able values; `peftjax.method.from_dict` restores it."""
+        return {"name": self.name, "options": {k: _encoded(v, f"{self.name}({k}=)") for k, v in self.options.items()}}
+
+    def __hash__(self) -> int:
+        return hash((self.name, repr(sorted(self.options.items(), key=lambda kv: kv[0]))))
+
+    def __repr__(self) -> str:
+        return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in self.options.items())})"
+
+
+def _encoded(value: Any, where: str) -> Any:
+    if isinstance(value, Method):
+        return {"method": value.to_dict()}
+    if isinstance(value, (list, tuple)):
+        return [_encoded(v, where) for v in value]
+    try:
+        json.dumps(value)
+    except TypeError:
+        raise ValueError(f"{where} holds {value!r}, which cannot be saved; use patterns instead of a function") from None
+    return value
+
+
+def from_dict(saved: Mapping[str, Any]) -> Method:
+    """The method that `to_dict` described.
+
+    Raises:
+      ValueError: an unknown method or option.
+    """
+    name, options = saved.get("name"), {k: _decoded(v) for k, v in dict(saved.get("options", {})).items()}
+    if name not in FACTORIES:
+        raise ValueError(f"unknown method {name!r}; expected one of {', '.join(sorted(FACTORIES))}")
+    positional = options.pop("methods", ())
+    try:
+        return FACTORIES[name](*positional, **options)
+    except TypeError as error:
+        raise ValueError(f"method {name!r}: {error}") from None
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, dict) and set(value) == {"method"}:
+        return from_dict(value["method"])
+    return tuple(map(_decoded, value)) if isinstance(value, list) else value
+
+
+def method(factory: Callable[P, Method]) -> Callable[P, Method]:
+    """Makes a function a factory of methods: what it returns takes its name and arguments, and can be saved."""
+    signature = inspect.signature(factory)
+
+    @functools.wraps(factory)
+    def made(*args: P.args, **kwargs: P.kwargs) -> Method:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        frozen = lambda v: tuple(v) if isinstance(v, list) else dict(v) if isinstance(v, Mapping) else v
+        options = {k: frozen(v) for k, v in bound.arguments.items()}
+        return dataclasses.replace(factory(*args, **kwargs), name=factory.__name__, options=options)
+
+    FACTORIES[factory.__name__] = made
+    return made
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One leaf that a method tunes: its path, its value (an array or an overlay), its axes, and its own key."""
+
+    path: str
+    value: Any
+    axes: str
+    uses: tuple[str, ...]
+    key: jax.Array
+
+    @property
+    def type(self) -> Any:
+        """Its logical type."""
+        return type_of(self.value)
+
+    @property
+    def dense(self) -> Any:
+        """Its dense value."""
+        return materialise(self.value)
+
+    def sizes(self, letters: str) -> tuple[int, ...]:
+        """The sizes of its axes with these letters."""
+        return tuple(n for n, x in zip(self.type.shape, self.axes) if x in letters)
+
+
+def per_leaf(
+    make: Callable[[Leaf], Any],
+    targets: Targets,
+    exclude: Targets = (),
+    identity_at_init: bool = True,
+    patterns: Sequence[str] = (),
+) -> Method:
+    """A method that puts `make(leaf)` in the place of every chosen leaf.
+
+    Args:
+      make: the overlay of one leaf.
+      targets, exclude: which leaves, as `peftjax.targets.choose` reads them.
+      identity_at_init: whether the overlays change nothing before training, exactly.
+      patterns: further patterns over the chosen paths, each of which has to match one.
+    """
+
+    def start(key: jax.Array, params: Any, roles: Roles | None) -> Any:
+        named = flatten(params)
+        taken = [path for path, x in named if any(o.trained_fields for o in layers(x))]
+        chosen = set(choose(targets, params, roles, exclude=exclude, taken=taken))
+        check_patterns(patterns, [path for path, _ in named if path in chosen])
+
+        def placed(key_path: Any, value: Any) -> Any:
+            path = path_of(key_path)
+            return make(_leaf(path, value, roles, key)) if path in chosen else value
+
+        return jax.tree_util.tree_map_with_path(placed, params, is_leaf=is_overlay)
+
+    return Method(name="", options={}, start=start, identity_at_init=identity_at_init)
+
+
+def _leaf(path: str, value: Any, roles: Roles | None, key: jax.Array) -> Leaf:
+    kind = type_of(value)
+    if not jnp.issubdtype(kind.dtype, jnp.floating):
+        raise ValueError(f"{path} is {kind.dtype}{list(kind.shape)}; expected floating point: integers do not train")
+    role = roles[path] if roles is not None and path in roles else None
+    if roles is not None and role is None:
+        raise ValueError(f"{path} is not among the roles; they were taken of another tree")
+    if role is not None and role.op == "unused":
+        raise ValueError(f"{path} is never used by the model: what would train there could change nothing")
+    if role is None and len(kind.shape) > 2:
+        raise ValueError(f"{path} has {len(kind.shape)} axes, and only roles can tell inputs from outputs; pass `roles=`")
+    axes = role.axes if role is not None else {0: "", 1: "o", 2: "io"}[len(kind.shape)]
+    depth = sum(1 for _ in layers(value))
+    own = jax.random.fold_in(jax.random.fold_in(key, zlib.crc32(path.encode())), depth)
+    return Leaf(path, value, axes, role.uses if role is not None else (), own)
+
+
+@method
+def chain(*methods: Method) -> Method:
+    """Applies methods one after the other: each sees the tree that the one before it made.
+
+    Args:
+      *methods: from the inside out; a later one leaves out what an earlier one trains, unless its targets name it.
+
+    Returns:
+      The method; its penalty is the sum of theirs, its update runs theirs in turn.
+
+    Example:
+      >>> import peftjax as pj
+      >>> pj.chain(pj.lora(rank=4), pj.unfreeze("classifier")).name
+      'chain'
+    """
+    if not methods:
+        raise ValueError("chain: expected at least one method")
+    penalties = [m.penalty for m in methods if m.penalty]
+    updates = [m.update for m in methods if m.update]
+
+    def start(key: jax.Array, params: Any, roles: Roles | None) -> Any:
+        return functools.reduce(lambda tree, m: m.init(key, tree, roles), methods, params)
+
+    def update(tuned: Any, grads: Any, step: Any) -> Any:
+        return functools.reduce(lambda tree, u: u(tree, grads, step), updates, tuned)
+
+    return Method(
+        name="",
+        options={},
+        start=start,
+        identity_at_init=all(m.identity_at_init for m in methods),
+        penalty=(lambda tuned: sum(p(tuned) for p in penalties)) if penalties else None,
+        update=update if updates else None,
+    )

@@ -1,0 +1,164 @@
+"""LoRA: a low-rank update beside each chosen weight."""
+
+import math
+from typing import Any, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from peftjax.factored import Factor, Term
+from peftjax.lowrank import INITS, replaced
+from peftjax.method import Leaf, Method, method, per_leaf
+from peftjax.overlay import Overlay, frozen, overlay, static, trained
+from peftjax.targets import Targets, pattern_value
+
+
+@overlay
+class LoRA(Overlay):
+    """`W + scale (A B - A0 B0)`: `a` is W with its output axes replaced by the rank, `b` with its input axes replaced."""
+
+    base: Any = frozen()
+    a: Any = trained()
+    b: Any = trained()
+    scale: Any = frozen()
+    a0: Any = frozen(default=None)
+    b0: Any = frozen(default=None)
+    key: Any = frozen(default=None)
+    axes: str = static()
+    dropout: float = static(default=0.0)
+    uses: tuple[str, ...] | None = static(default=None)
+    tied: bool = static(default=False)
+    locked: tuple[str, ...] = static(default=())
+
+    @property
+    def merges(self) -> bool:
+        """A LoRA for some uses only of a leaf that has others is no single array."""
+        return not (self.tied and self.uses)
+
+    def labels(self) -> dict[str, tuple[Any, ...]]:
+        """A keeps the axes that W reads and B those that it writes; scales and keys the stacked ones."""
+        reads, writes = replaced(self.axes, "o", "rank"), replaced(self.axes, "i", "rank")
+        stacked = tuple((k,) for k, letter in enumerate(self.axes) if letter in "sb")
+        return {"a": reads, "b": writes, "a0": reads, "b0": writes, "scale": stacked, "key": stacked}
+
+    def expand(self, terms: tuple[Term, ...]) -> tuple[Term, ...]:
+        """The base's terms and the low-rank product; less the product it began with, where that was not zero."""
+        labels = self.labels()
+        key = None if self.key is None else Factor(self.key, labels["key"])
+
+        def product(a: Any, b: Any, scale: Any) -> Term:
+            factors = (Factor(a, labels["a"]), Factor(b, labels["b"]), Factor(scale, labels["scale"]))
+            return Term(factors=factors, key=key, uses=self.uses, rate=self.dropout)
+
+        start = () if self.a0 is None else (product(self.a0, self.b0, -self.scale),)
+        return (*terms, product(self.a, self.b, self.scale), *start)
+
+    def summary(self) -> str:
+        """Its rank."""
+        return f"rank={self.a.shape[self.labels()['a'].index('rank')]}" if hasattr(self.a, "shape") else ""
+
+
+@method
+def lora(
+    rank: int = 8,
+    alpha: float | None = None,
+    *,
+    targets: Targets = "all-linear",
+    exclude: Targets = (),
+    rslora: bool = False,
+    dropout: float = 0.0,
+    init: str = "kaiming",
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    layers: Sequence[int] | None = None,
+    uses: Sequence[str] | None = None,
+    train_a: bool = True,
+) -> Method:
+    """Adds a trainable low-rank product to each chosen weight: `y = x W + s (x A) B`, with `s = alpha / rank`.
+
+    Args:
+      rank: the inner size r; A is (in..., r) and B (r, out...), both float32. 8 is the usual start.
+      alpha: the numerator of the scale s; None means `rank`, a scale of 1.
+      targets: the weights to tune; by default every linear kernel but embeddings and the output head.
+      exclude: weights to leave out; wins over `targets`.
+      rslora: scales by `alpha / sqrt(rank)`, which keeps the update's size as the rank grows.
+      dropout: rate at which the input of A is dropped, active under `peftjax.with_key`.
+      init: "kaiming" (A uniform in +-1/sqrt(in), B = 0), "gaussian" (A of deviation 1/r, B = 0), "zero_a" (A = 0,
+        B uniform in +-1/sqrt(r)), "pissa" (the r largest singular directions of W), "olora" (its QR factors) or
+        "orthogonal" (A B = 0 with neither zero; an even rank). "pissa" and "olora" leave W as it is and subtract the
+        product they start from.
+      rank_pattern: regex -> rank for some weights; the first match wins, and its scale uses its own rank.
+      alpha_pattern: regex -> alpha, likewise.
+      layers: for weights stacked by a scan, the layers that are tuned; the others have scale 0.
+      uses: limits the update to some uses of a leaf, such as `("gather",)` for the lookup of a tied embedding.
+      train_a: False trains B alone (LoRA-FA).
+
+    Returns:
+      The method. Without roles it takes kernels of two axes only, (in, out).
+
+    Raises:
+      ValueError: a rank below 1 or above the smaller side of a weight, an unknown init, a pattern that matches nothing.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, peftjax as pj
+      >>> tuned = pj.lora(rank=2, alpha=4).init(jax.random.key(0), {"w": jnp.ones((4, 3))})
+      >>> tuned["w"], tuned["w"].a.shape, tuned["w"].b.shape
+      (LoRA(float32[4,3], rank=2), (4, 2), (2, 3))
+
+    Reference: Hu et al. 2021, arXiv 2106.09685; rsLoRA 2312.03732; LoRA-FA 2308.03303; PiSSA 2404.02948; OLoRA 2406.01775.
+    """
+    if init not in INITS:
+        raise ValueError(f"lora: unknown init {init!r}; expected one of {', '.join(INITS)}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"lora: dropout is a rate in [0, 1), found {dropout}")
+    ranks, alphas = dict(rank_pattern or {}), dict(alpha_pattern or {})
+
+    def make(leaf: Leaf) -> LoRA:
+        r = pattern_value(ranks, leaf.path, rank)
+        n_in, n_out = leaf.sizes("i"), leaf.sizes("o")
+        if not n_in or not n_out:
+            raise ValueError(
+                f"lora: {leaf.path} has axes {leaf.axes!r}: a vector, or no linear map; expected a kernel with input and "
+                "output axes. Train it as it is with `unfreeze`, or leave it out with `exclude`"
+            )
+        limit = min(math.prod(n_in), math.prod(n_out))
+        if not 1 <= r <= limit:
+            raise ValueError(f"lora: rank {r} at {leaf.path} {leaf.type.str_short()}; expected 1 to {limit}")
+        top = pattern_value(alphas, leaf.path, r if alpha is None else alpha)
+        scale = _scale(leaf, top / math.sqrt(r) if rslora else top / r, layers)
+        a, b, started = INITS[init](leaf, r, top / math.sqrt(r) if rslora else top / r)
+        return LoRA(
+            base=leaf.value,
+            a=a,
+            b=b,
+            scale=scale,
+            a0=jnp.copy(a) if started else None,
+            b0=jnp.copy(b) if started else None,
+            axes=leaf.axes,
+            dropout=dropout,
+            uses=tuple(uses) if uses else None,
+            tied=len(set(leaf.uses)) > 1,
+            locked=() if train_a else ("a",),
+        )
+
+    return per_leaf(
+        make,
+        targets,
+        exclude,
+        identity_at_init=init != "orthogonal",
+        patterns=(*ranks, *alphas),
+    )
+
+
+def _scale(leaf: Leaf, value: float, layers: Sequence[int] | None) -> jax.Array:
+    shape = leaf.sizes("sb")
+    scale = jnp.full(shape, value, jnp.float32)
+    if layers is None:
+        return scale
+    if "s" not in leaf.axes:
+        raise ValueError(f"lora: layers={tuple(layers)} at {leaf.path}, which is not stacked: name its path in `targets`")
+    axis = [x for x in leaf.axes if x in "sb"].index("s")
+    if bad := [k for k in layers if not 0 <= k < shape[axis]]:
+        raise ValueError(f"lora: layers {bad} at {leaf.path}; it stacks {shape[axis]} layers, 0 to {shape[axis] - 1}")
+    on = jnp.zeros(shape[axis]).at[jnp.asarray(layers)].set(1)
+    return scale * on.reshape([-1 if k == axis else 1 for k in range(len(shape))])

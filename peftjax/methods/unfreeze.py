@@ -1,0 +1,139 @@
+"""Training leaves themselves: `unfreeze`, and the sentences over it."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from peftjax.factored import Term, wide_dtype
+from peftjax.method import Leaf, Method, method, per_leaf
+from peftjax.overlay import Overlay, frozen, is_overlay, overlay, static, trained
+from peftjax.roles import Role
+from peftjax.targets import Targets
+
+
+@overlay
+class Full(Overlay):
+    """A trained copy: `scale value + (1 - scale) W`, which is the copy while the scale is 1."""
+
+    base: Any = frozen()
+    value: Any = trained()
+    scale: Any = frozen()
+    locked: tuple[str, ...] = static(default=())
+
+    def labels(self) -> dict[str, tuple[Any, ...]]:
+        """The copy has the base's axes."""
+        return {"value": tuple((k,) for k in range(self.value.ndim)), "scale": ()}
+
+    def expand(self, terms: tuple[Term, ...]) -> tuple[Term, ...]:
+        """The copy alone, in the base's dtype."""
+        wide = self.base.astype(self.value.dtype)
+        return (Term(dense=(self.scale * self.value + (1 - self.scale) * wide).astype(self.base.dtype)),)
+
+
+@method
+def unfreeze(targets: Targets, *, exclude: Targets = ()) -> Method:
+    """Trains chosen leaves themselves, whatever they are: `W' = W + dW`, all of it.
+
+    Args:
+      targets: which leaves. A head by its module's name, biases by ".*bias", everything by ".*".
+      exclude: leaves to leave out; wins over `targets`.
+
+    Returns:
+      The method. The trained copy is float32, also on a bfloat16 base; the original stays as it is.
+
+    Raises:
+      ValueError: a pattern that matches nothing, a leaf of integers, a leaf that already holds an overlay.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, peftjax as pj
+      >>> params = {"head": {"kernel": jnp.ones((4, 2)), "bias": jnp.zeros(2)}}
+      >>> pj.unfreeze(".*bias").init(jax.random.key(0), params)["head"]["bias"]
+      Full(float32[2])
+    """
+    return per_leaf(_full, targets, exclude)
+
+
+def _full(leaf: Leaf) -> Full:
+    if is_overlay(leaf.value):
+        raise ValueError(f"unfreeze: {leaf.path} already holds {leaf.value!r}, which would act no more; exclude the leaf")
+    # A view of the buffer would die with it when a train step donates the trainable tree.
+    return Full(base=leaf.value, value=jnp.array(leaf.value, wide_dtype(leaf.type.dtype), copy=True), scale=jnp.ones((), jnp.float32))
+
+
+def bitfit() -> Method:
+    """Trains the biases alone (Ben Zaken et al. 2021, arXiv 2106.10199): every leaf whose name ends in "bias".
+
+    Example:
+      >>> import peftjax as pj
+      >>> pj.bitfit()
+      unfreeze(targets='.*bias', exclude=())
+    """
+    return unfreeze(".*bias")
+
+
+def full() -> Method:
+    """Trains every leaf: ordinary fine-tuning, to compare with.
+
+    Example:
+      >>> import peftjax as pj
+      >>> pj.full()
+      unfreeze(targets='.*', exclude=())
+    """
+    return unfreeze(".*")
+
+
+@method
+def layer_norm() -> Method:
+    """Trains the normalisations alone: every module with a scale and no kernel, found from roles, with its biases."""
+
+    def start(key: Any, params: Any, roles: Any) -> Any:
+        _needed(roles, "layer_norm")
+        modules = {path.rpartition("/")[0] for path, role in roles.items() if role.op == "scale"}
+        return unfreeze(lambda path, role: path.rpartition("/")[0] in modules).init(key, params, roles)
+
+    return Method(name="", options={}, start=start)
+
+
+@method
+def head() -> Method:
+    """Trains the output head: the last linear kernel, which `roles` marks, and its bias."""
+
+    def start(key: Any, params: Any, roles: Any) -> Any:
+        _needed(roles, "head")
+        return unfreeze(lambda path, role: _in_head(role, roles)).init(key, params, roles)
+
+    return Method(name="", options={}, start=start)
+
+
+def _in_head(role: Role, roles: Any) -> bool:
+    return role.head or (role.op == "bias" and role.kernel is not None and roles[role.kernel].head)
+
+
+@method
+def last_layers(n: int) -> Method:
+    """Trains the last n layers that hold a kernel, in the order in which the model runs, and everything in their modules.
+
+    Args:
+      n: how many; at least 1.
+
+    Raises:
+      ValueError: n below 1, more layers than the model has, or no roles.
+    """
+    if n < 1:
+        raise ValueError(f"last_layers: expected at least 1 layer, found n={n}")
+
+    def start(key: Any, params: Any, roles: Any) -> Any:
+        _needed(roles, "last_layers")
+        kernels = [path for path, role in roles.items() if role.op in ("linear", "conv")]
+        kernels.sort(key=lambda path: roles[path].order)
+        modules = list(dict.fromkeys(path.rpartition("/")[0] for path in reversed(kernels)))
+        if n > len(modules):
+            raise ValueError(f"last_layers: n={n}, and the model has {len(modules)} layers: {', '.join(modules)}")
+        return unfreeze(lambda path, role: path.rpartition("/")[0] in modules[:n]).init(key, params, roles)
+
+    return Method(name="", options={}, start=start)
+
+
+def _needed(roles: Any, name: str) -> None:
+    if roles is None:
+        raise ValueError(f"{name} counts on what the model does with its leaves: pass `roles=peftjax.roles(fn, params, batch)`")

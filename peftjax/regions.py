@@ -1,0 +1,195 @@
+"""How operators enter and leave the regions of a jaxpr: jit, remat, scan, cond, while and custom derivatives."""
+
+from typing import Any, Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import core as jex
+
+from peftjax import compat
+from peftjax.factored import Factor, Term, Weight
+
+Region = Callable[[Any, Any, Sequence[Any]], Sequence[Any]]
+
+
+def forwarded(jaxpr: Any) -> list[int | None]:
+    """For each output of a jaxpr: the input that it is, untouched, or None. Looks through jit and remat regions."""
+    source: dict[Any, int] = {v: k for k, v in enumerate(jaxpr.invars)}
+    for eqn in jaxpr.eqns:
+        inner = _inner(eqn)
+        if inner is None:
+            continue
+        for var, k in zip(eqn.outvars, forwarded(inner.jaxpr)):
+            if k is not None and not isinstance(eqn.invars[k], jex.Literal) and eqn.invars[k] in source:
+                source[var] = source[eqn.invars[k]]
+    return [None if isinstance(v, jex.Literal) else source.get(v) for v in jaxpr.outvars]
+
+
+def _inner(eqn: Any) -> Any:
+    """The closed jaxpr of a region that runs exactly once, or None."""
+    if eqn.primitive.name not in ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2", "remat"):
+        return None
+    inner = eqn.params.get("jaxpr") or eqn.params.get("call_jaxpr")
+    return inner if isinstance(inner, jex.ClosedJaxpr) else jex.ClosedJaxpr(inner, ())
+
+
+def _once(self: Any, eqn: Any, operands: Sequence[Any], lift: Callable[[Any], Any]) -> Sequence[Any]:
+    """Runs a region's body under `lift`; outputs that are its inputs stay outside."""
+    inner = _inner(eqn)
+    source = forwarded(inner.jaxpr)
+
+    def body(*operands: Any) -> list[Any]:
+        outs = self.run(inner, operands)
+        return [x for x, k in zip(outs, source) if k is None]
+
+    made = iter(lift(body)(*operands))
+    return [next(made) if k is None else operands[k] for k in source]
+
+
+def _jit(self: Any, eqn: Any, operands: Sequence[Any]) -> Sequence[Any]:
+    p = eqn.params
+
+    def lift(body: Any) -> Any:
+        body.__name__ = body.__qualname__ = p["name"]
+        return jax.jit(_constrained(body, p), inline=p["inline"], keep_unused=p["keep_unused"])
+
+    return _once(self, eqn, operands, lift)
+
+
+def _constrained(body: Any, p: dict[str, Any]) -> Any:
+    """The body of a jit region with the shardings that the region asks of its inputs."""
+    if all(map(compat.is_unspecified, p["in_shardings"])):
+        return body
+
+    def constrained(*operands: Any) -> Any:
+        place = lambda x, s: x if compat.is_unspecified(s) or isinstance(x, Weight) else lax.with_sharding_constraint(x, s)
+        return body(*map(place, operands, p["in_shardings"]))
+
+    constrained.__name__ = body.__name__
+    return constrained
+
+
+def _remat(self: Any, eqn: Any, operands: Sequence[Any]) -> Sequence[Any]:
+    p = eqn.params
+    return _once(self, eqn, operands, lambda f: jax.checkpoint(f, policy=p["policy"], prevent_cse=p["prevent_cse"]))
+
+
+def _inline(self: Any, eqn: Any, operands: Sequence[Any]) -> Sequence[Any]:
+    return _once(self, eqn, operands, lambda f: f)
+
+
+def _scan(self: Any, eqn: Any, operands: Sequence[Any]) -> Sequence[Any]:
+    p, inner = eqn.params, eqn.params["jaxpr"].jaxpr
+    n_consts, n_carry = compat.scan_sizes(p)
+    start, source = n_consts + n_carry, forwarded(inner)
+    moving = [k for k in range(n_consts, start) if source[k - n_consts] != k]
+    passed = {k: s for k, s in enumerate(source) if k >= n_carry and s is not None and s >= start}
+    made = [k for k in range(n_carry, len(source)) if k not in passed]
+    xs = [_Stacked.of(self, eqn, x, v.aval) for x, v in zip(operands[start:], inner.invars[start:])]
+
+    def body(carry: Any, slices: Any) -> Any:
+        values = [*operands[:start], *(x.sliced(s) for x, s in zip(xs, slices))]
+        for k, value in zip(moving, carry):
+            values[k] = value
+        outs = self.run(p["jaxpr"], values)
+        return [self.merged(outs[k - n_consts], eqn) for k in moving], [self.merged(outs[k], eqn) for k in made]
+
+    init = [self.merged(operands[k], eqn) for k in moving]
+    arrays = [x.arrays for x in xs]
+    carry, ys = lax.scan(body, init, arrays, length=p["length"], reverse=p["reverse"], unroll=p["unroll"])
+    given = dict(enumerate(operands))
+    ends = {**given, **dict(zip(moving, carry))}
+    stacked = {**{k: given[s] for k, s in passed.items()}, **dict(zip(made, ys))}
+    return [ends[k] for k in range(n_consts, start)] + [stacked[k] for k in range(n_carry, len(source))]
+
+
+class _Stacked:
+    """What a scan slices along its first dimension: an array, or the arrays of an operator that have that axis."""
+
+    def __init__(self, value: Any, kind: Any, atom: Any = None) -> None:
+        self.value, self.kind, self.atom = value, kind, atom
+        self.arrays = [self._moved(t) for t in value.terms] if atom else value
+
+    @classmethod
+    def of(cls, evaluator: Any, eqn: Any, value: Any, kind: Any) -> "_Stacked":
+        """The operand of a scan whose slices have this type."""
+        if isinstance(value, Weight) and len(value.layout.dims[0]) == 1:
+            return cls(value, kind, value.layout.dims[0][0])
+        return cls(evaluator.merged(value, eqn), kind)
+
+    def _moved(self, term: Term) -> Any:
+        first = lambda f: jnp.moveaxis(f.array, f.atoms.index(self.atom), 0) if f and self.atom in f.atoms else None
+        return term.dense, [first(f) for f in term.factors], first(term.key)
+
+    def sliced(self, arrays: Any) -> Any:
+        """The operand of one step."""
+        if self.atom is None:
+            return arrays
+        rest = lambda f, x: f if x is None else Factor(x, tuple(a for a in f.atoms if a != self.atom))
+        terms = tuple(
+            Term(dense, tuple(map(rest, t.factors, factors)), rest(t.key, key), t.uses, t.rate)
+            for t, (dense, factors, key) in zip(self.value.terms, arrays)
+        )
+        return Weight(terms, self.value.layout.having(self.value.layout.dims[1:]), self.kind, self.value.path)
+
+
+def _cond(self: Any, eqn: Any, operands: Sequence[Any]) -> Sequence[Any]:
+    index, *rest = operands
+
+    def branch(closed: Any) -> Any:
+        return lambda *values: [self.merged(x, eqn) for x in self.run(closed, values)]
+
+    return lax.switch(index, [branch(b) for b in eqn.params["branches"]], *rest)
+
+
+def _while(self: Any, eqn: Any, operands: Sequence[Any]) -> Sequence[Any]:
+    p = eqn.params
+    n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
+    cond_consts, body_consts, init = operands[:n_cond], operands[n_cond : n_cond + n_body], operands[n_cond + n_body :]
+    source = forwarded(p["body_jaxpr"].jaxpr)
+    moving = [k for k, s in enumerate(source) if s != n_body + k]
+
+    def values(carry: Any) -> list[Any]:
+        whole = list(init)
+        for k, x in zip(moving, carry):
+            whole[k] = x
+        return whole
+
+    def cond(carry: Any) -> Any:
+        return self.run(p["cond_jaxpr"], [*cond_consts, *values(carry)])[0]
+
+    def body(carry: Any) -> Any:
+        outs = self.run(p["body_jaxpr"], [*body_consts, *values(carry)])
+        return [self.merged(outs[k], eqn) for k in moving]
+
+    ends = dict(zip(moving, lax.while_loop(cond, body, [self.merged(init[k], eqn) for k in moving])))
+    return [ends.get(k, x) for k, x in enumerate(init)]
+
+
+def _custom_jvp(self: Any, eqn: Any, operands: Sequence[Any]) -> Sequence[Any]:
+    """Runs the body with its operators; its derivative stays the custom one, taken at the merged operators."""
+    inner = eqn.params["call_jaxpr"]
+
+    @jax.custom_jvp
+    def call(*operands: Any) -> Any:
+        return [self.merged(x, eqn) for x in self.run(inner, operands)]
+
+    @call.defjvp
+    def call_jvp(primals: Any, tangents: Any) -> Any:
+        plain = lambda *operands: compat.single(eqn, [self.merged(x, eqn) for x in operands], inner.jaxpr.debug_info)
+        _, out_tangents = jax.jvp(plain, primals, tangents)
+        return call(*primals), out_tangents
+
+    return call(*operands)
+
+
+REGIONS: dict[str, Region] = {
+    **dict.fromkeys(("jit", "pjit"), _jit),
+    **dict.fromkeys(("closed_call", "core_call"), _inline),
+    **dict.fromkeys(("checkpoint", "remat2", "remat"), _remat),
+    "scan": _scan,
+    "cond": _cond,
+    "while": _while,
+    "custom_jvp_call": _custom_jvp,
+}
