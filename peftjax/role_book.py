@@ -1,0 +1,174 @@
+"""The notes that `roles` takes on each leaf while it reads a trace."""
+
+import contextlib
+import dataclasses
+import math
+from typing import Iterator, Mapping, Sequence
+
+from peftjax.role_values import Act, Fixed, Head, Pending, Product, Track, is_own
+from peftjax.views import Atom, Cut, Drop, DynamicCut, Edit, Layout
+
+CONTRACTED = ("linear", "conv", "embedding")
+PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot")
+JOINED = frozenset({"add", "add_any", "concatenate"})
+PLAIN = {"bias": JOINED, "scale": JOINED | {"mul", "div", "neg", "sub"}, "other": frozenset()}  # and still a bias, a scale
+
+
+@dataclasses.dataclass(eq=False)
+class Notes:
+    """What is known of one leaf."""
+
+    ndim: int
+    uses: list[str] = dataclasses.field(default_factory=list)
+    first: float = math.inf  # when it was used first
+    op: str | None = None
+    hint: str | None = None
+    letters: dict[int, set[str]] = dataclasses.field(default_factory=dict)
+    product: Product | None = None
+    bias: str | None = None
+    kernel: str | None = None
+    groups: int = 1
+    activation: bool = False  # something else was its kernel
+
+    @property
+    def axes(self) -> str:
+        """One letter per axis; "?" where a reshape cut an axis into parts of different roles."""
+        found = [self.letters.get(k, {"o"}) for k in range(self.ndim)]
+        return "".join(letters.copy().pop() if len(letters) == 1 else "?" for letters in found)
+
+
+class Book:
+    """Notes on every leaf. During a rehearsal (a loop body read to find its types) nothing is written."""
+
+    def __init__(self, ndims: Mapping[str, int]) -> None:
+        self.notes = {path: Notes(ndim) for path, ndim in ndims.items()}
+        self.time = 0
+        self.rehearsing = False
+
+    @contextlib.contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Nothing is written inside."""
+        before, self.rehearsing = self.rehearsing, True
+        try:
+            yield
+        finally:
+            self.rehearsing = before
+
+    def use(self, tracks: Sequence[Track], name: str) -> None:
+        """An equation used these leaves."""
+        if self.rehearsing:
+            return
+        for notes in (self.notes[t.path] for t in tracks):
+            notes.first = min(notes.first, self.time)
+            notes.uses.append(name)
+            self.time += 1
+
+    def mark(self, track: Track, letters: Mapping[Atom, str]) -> None:
+        """The letters of some atoms of a leaf."""
+        if self.rehearsing:
+            return
+        for atom, letter in letters.items():
+            if is_own(atom):
+                self.notes[track.path].letters.setdefault(int(atom[0]), set()).add(letter)
+
+    def edit(self, track: Track, layout: Layout, edits: Sequence[Edit]) -> Track:
+        """A track after a view; an axis of which one entry was taken is stacked."""
+        indexed = track.indexed
+        for edit in edits:
+            if isinstance(edit, (Cut, DynamicCut)) and dict(layout.sizes).get(edit.atom, 1) == 1 < track.layout.size(edit.atom):
+                indexed |= {edit.atom}
+            if isinstance(edit, Drop) and edit.atom in indexed:
+                self.mark(track, {edit.atom: "s"})
+        return dataclasses.replace(track, layout=layout, indexed=indexed)
+
+    def mark_dims(self, track: Track, dims: Mapping[int, str]) -> None:
+        """The letters of some dimensions of a view of a leaf; an atom of which one entry was taken is stacked."""
+        marks: dict[Atom, str] = {}
+        for k, letter in dims.items():
+            atoms = track.layout.dims[k]
+            marks |= {a: "s" if a in track.indexed and len(atoms) > 1 else letter for a in atoms}
+        large = [a for a in marks if track.layout.size(a) > 1]
+        axes = {a[0] for a in large}
+        self.mark(track, {a: letter for a, letter in marks.items() if a in large or a[0] not in axes or letter == "s"})
+
+    def decide(self, track: Track, op: str) -> bool:
+        """Settles what a leaf is. The first use decides, but a contraction comes before all else. Returns whether it did."""
+        notes = self.notes[track.path]
+        if self.rehearsing or notes.op in CONTRACTED or (notes.op and op not in CONTRACTED):
+            return False
+        notes.op = op
+        return True
+
+    def suggest(self, tracks: Sequence[Track], op: str) -> None:
+        """What leaves are if nothing decides."""
+        for track in tracks:
+            self.notes[track.path].hint = self.notes[track.path].hint or op
+
+    def contract(self, kernel: Fixed, name: str, op: str, dims: Mapping[int, str]) -> Product | None:
+        """A contraction with a kernel. The product, if it is the first one of its leaves."""
+        made = Product(tuple(t.path for t in kernel.primary))
+        first = [self.decide(track, op) for track in kernel.primary]
+        for track, new in zip(kernel.primary, first):
+            if new:
+                self.notes[track.path].letters = {
+                    k: {"s"} for k, letters in self.notes[track.path].letters.items() if "s" in letters
+                }
+                self.mark_dims(track, dims)
+                self.notes[track.path].product = made
+        self.use(kernel.primary, name)
+        return made if self.rehearsing or self._times(kernel) == 1 else None
+
+    def _times(self, kernel: Fixed) -> int:
+        return sum(use in PRODUCTS for use in self.notes[kernel.primary[0].path].uses)
+
+    def head(self, kernel: Fixed) -> frozenset[Head]:
+        """The kernel as a head, unless it was contracted before."""
+        new = self.rehearsing or self._times(kernel) == 1
+        return frozenset({Head(self.time, kernel.primary[0].path)} if new else ())
+
+    def activation(self, value: Fixed, name: str) -> None:
+        """Leaves that another leaf, their kernel, contracts."""
+        self.use(value.tracks, name)
+        for track in value.primary:
+            self.decide(track, "other")
+            self.notes[track.path].activation = True
+
+    def meet(self, value: Fixed, name: str, kind: str, act: Act | None) -> bool:
+        """An elementwise meeting with an activation, as "scale", "bias" or "other". Whether a kernel's bias was found."""
+        self.use(value.tracks, name)
+        for track in value.primary:
+            self.decide(track, kind if track.ops <= PLAIN[kind] else "other")
+        pending = act.live if act else None
+        if kind == "other" or pending is None or not pending.fresh or self.rehearsing:
+            return False
+        return self._pair(value.primary, kind, pending)
+
+    def _pair(self, tracks: Sequence[Track], kind: str, pending: Pending) -> bool:
+        """Notes which bias, or scale, belongs to which kernel, where its axes are the kernel's outputs."""
+        kernels, paired = pending.product.kernels, False
+        for n, track in enumerate(tracks):
+            letters = aligned(track, pending)
+            if letters is None or not track.ops <= PLAIN[kind]:
+                continue
+            kernel, notes = kernels[n if len(tracks) == len(kernels) else 0], self.notes[track.path]
+            notes.kernel = notes.kernel or kernel
+            if notes.op == kind:
+                self.mark_dims(track, letters)
+            paired = paired or kind == "bias"
+            if kind == "bias" and self.notes[kernel].product is pending.product:
+                self.notes[kernel].bias = self.notes[kernel].bias or track.path
+        return paired
+
+
+def aligned(track: Track, pending: Pending) -> dict[int, str] | None:
+    """The letters of a vector's dimensions, from the output it meets; None where it varies along the data's own axes."""
+    letters: dict[int, str] = {}
+    if pending.layout is None or not 0 < len(track.layout.dims) == len(pending.layout.dims):
+        return None
+    for k, dim in enumerate(track.layout.dims):
+        own = [a for a in dim if is_own(a) and track.layout.size(a) > 1]
+        found = pending.letters_of(k)
+        if own and (len(found) != 1 or "x" in found):
+            return None
+        letters |= {k: found.copy().pop()} if own else {}
+    return letters

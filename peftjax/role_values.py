@@ -1,0 +1,171 @@
+"""What the trace behind `roles` knows of a value: a parameter seen through views, or an activation and its history."""
+
+import dataclasses
+from typing import Iterable, NamedTuple
+
+from peftjax.views import Atom, Layout
+
+
+@dataclasses.dataclass(eq=False)
+class Source:
+    """One array of the trace, whatever casts and reshapes show it."""
+
+    consumed: bool = False  # by anything but a view
+    escaped: bool = False  # by anything but its own norm
+    normed: bool = False
+    norm: "Derived | None" = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Derived:
+    """A value computed from `base` alone, on the way to its norm.
+
+    `level`: "x" base or base less a statistic, "e" powers of it, "r" a reduced statistic, "n" the normalised base.
+    """
+
+    base: Source
+    level: str
+    eps: float = 0.0
+    root: bool = False
+    scale: str | None = None
+    bias: str | None = None
+
+
+@dataclasses.dataclass(eq=False)
+class Product:
+    """What a contraction with kernels gives, until something happens to it that is not linear."""
+
+    kernels: tuple[str, ...]
+    alive: bool = True
+    total: Source | None = None  # the residual sum
+    stream: Source | None = None  # what it was added to
+
+    def end(self) -> None:
+        """Nothing linear follows."""
+        self.alive = False
+
+
+class Pending(NamedTuple):
+    """A value still linear in a product: which of its axes are the kernel's, and whether only parameters touched it."""
+
+    product: Product
+    layout: Layout | None
+    letters: dict[Atom, str]
+    fresh: bool
+
+    def letters_of(self, k: int) -> set[str]:
+        """The letters of dimension k: "o" the kernel's outputs, "b" its batch, "x" the data's own."""
+        if self.layout is None:
+            return {"x"}
+        return {self.letters.get(_root(a, self.letters), "x") for a in self.layout.dims[k] if self.layout.size(a) > 1}
+
+
+def _root(atom: Atom, known: dict[Atom, str]) -> Atom:
+    while atom and atom not in known:
+        atom = atom[:-1]
+    return atom
+
+
+class Head(NamedTuple):
+    """A kernel whose output no later kernel has contracted: when it was made, and its path."""
+
+    time: int
+    path: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Act:
+    """An activation."""
+
+    source: Source = dataclasses.field(default_factory=Source)
+    pending: Pending | None = None
+    heads: frozenset[Head] = frozenset()
+    derived: Derived | None = None
+
+    @property
+    def live(self) -> Pending | None:
+        """The pending product, if nothing has ended it."""
+        return self.pending if self.pending and self.pending.product.alive else None
+
+    def end(self) -> None:
+        """Ends the pending product, if there is one."""
+        if self.pending:
+            self.pending.product.end()
+
+    def touch(self, into: Derived | None = None) -> None:
+        """Marks its array as consumed, by its own norm or by something else."""
+        self.source.consumed = True
+        if into is None or into.base is not self.source:
+            self.source.escaped = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Track:
+    """A leaf in a value made of parameters: where its axes are, and what has happened to it."""
+
+    path: str
+    layout: Layout
+    ops: frozenset[str] = frozenset()  # what was done to it, besides views
+    indexed: frozenset[Atom] = frozenset()  # atoms of which one entry was taken
+
+    @property
+    def whole(self) -> bool:
+        """Whether there were only views."""
+        return not self.ops
+
+    @property
+    def coverage(self) -> int:
+        """How many of the value's dimensions are the leaf's own."""
+        return sum(any(is_own(a) for a in dim) for dim in self.layout.dims)
+
+    @property
+    def tiled(self) -> bool:
+        """Whether the leaf is repeated along a dimension of the value."""
+        return not all(is_own(a) for a in self.layout.atoms)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Fixed:
+    """A value made of parameters and constants only."""
+
+    tracks: tuple[Track, ...] = ()
+    value: float | None = None  # of a constant whose entries are all the same
+    source: Source = dataclasses.field(default_factory=Source)
+
+    @property
+    def primary(self) -> tuple[Track, ...]:
+        """The tracks with most dimensions: in `w * g`, that of w."""
+        most = max((t.coverage for t in self.tracks), default=0)
+        return tuple(t for t in self.tracks if t.coverage == most)
+
+    @property
+    def whole(self) -> Track | None:
+        """The one leaf that this is a view of, if it is one."""
+        return self.tracks[0] if len(self.tracks) == 1 and self.tracks[0].whole else None
+
+    def touch(self, into: Derived | None = None) -> None:
+        """Marks its array as consumed."""
+        self.source.consumed = self.source.escaped = True
+
+
+Value = Act | Fixed
+
+
+def is_own(atom: Atom) -> bool:
+    """Whether an atom is an axis of the leaf, or a part of one; not a repetition."""
+    return isinstance(atom[0], int)
+
+
+def tracked(values: Iterable[Value]) -> list[Fixed]:
+    """Those values that hold parameters."""
+    return [v for v in values if isinstance(v, Fixed) and v.tracks]
+
+
+def acts(values: Iterable[Value]) -> list[Act]:
+    """Those values that are activations."""
+    return [v for v in values if isinstance(v, Act)]
+
+
+def heads(values: Iterable[Value]) -> frozenset[Head]:
+    """All heads that reach one of these values."""
+    return frozenset().union(*(v.heads for v in values if isinstance(v, Act)))
