@@ -1,0 +1,144 @@
+"""The laws, run on the reader's own model."""
+
+import dataclasses
+from typing import Any, Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peftjax.attach import attach
+from peftjax.evaluate import Passed, explain, is_array
+from peftjax.merging import merge
+from peftjax.method import Method
+from peftjax.overlay import is_overlay
+from peftjax.tree import combine, extract, insert, map_layers, partition, strip
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One law on one model: whether it holds, and the figure that says so."""
+
+    law: str
+    holds: bool
+    figure: str
+
+
+class Report(tuple[Finding, ...]):
+    """What `check` found; printed as a table."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether every law holds."""
+        return all(f.holds for f in self)
+
+    def __repr__(self) -> str:
+        width = max(len(f.law) for f in self)
+        return "\n".join(f"{'ok  ' if f.holds else 'FAIL'}  {f.law.ljust(width)}  {f.figure}" for f in self)
+
+
+def check(
+    method: Method, fn: Callable[..., Any], params: Any, *args: Any, key: jax.Array | None = None, **kwargs: Any
+) -> Report:
+    """Runs the laws of peftjax on a model: identity, merging, gradients, stripping, the flat form, one compilation.
+
+    The errors are `max|difference| / max|reference|`, with trained fields moved away from their start; the tolerance is
+    1e-5, and 2e-2 where the model holds floating point narrower than float32.
+
+    Args:
+      method: the method to try.
+      fn, params, *args, **kwargs: the model and one small batch of real arrays.
+      key: a PRNG key; `jax.random.key(0)` by default.
+
+    Returns:
+      The findings, one a law, and the overlays that were merged or never used; `.ok` says whether all hold.
+
+    Example:
+      >>> import jax.numpy as jnp, peftjax as pj
+      >>> fn = lambda params, x: x @ params["w"]
+      >>> report = pj.check(pj.lora(rank=1, targets="w"), fn, {"w": jnp.ones((3, 2))}, jnp.ones((1, 3)))
+      >>> report.ok
+      True
+    """
+    key = jax.random.key(0) if key is None else key
+    apply, fresh = attach(method, fn, params, *args, key=key, **kwargs)
+    tuned = _moved(fresh, key)
+    run = lambda f, p: _floats(f(p, *args, **kwargs))
+    tolerance = 2e-2 if any(jnp.finfo(x.dtype).bits < 32 for x in _float_leaves(params)) else 1e-5
+    base, start, now = run(fn, params), run(apply, fresh), run(apply, tuned)
+
+    def close(law: str, got: Sequence[Any], want: Sequence[Any]) -> Finding:
+        error = _error(got, want)
+        return Finding(law, error <= tolerance, f"error {error:.1e}, at most {tolerance:.0e}")
+
+    findings = [close("1 identity at init", start, base)] if method.identity_at_init else []
+    if all(getattr(x, "merges", False) for x in jax.tree.leaves(tuned, is_leaf=is_overlay) if is_overlay(x)):
+        findings.append(close("2 merge", run(fn, merge(tuned)), now))
+    return Report((*findings, *_tree_laws(apply, params, tuned, args, kwargs), _acted(fn, tuned, args, kwargs)))
+
+
+def _tree_laws(apply: Any, params: Any, tuned: Any, args: Any, kwargs: Any) -> list[Finding]:
+    trainable, frozen = partition(tuned)
+    total = lambda t: sum(jnp.sum(y) for y in _floats(apply(combine(t, frozen), *args, **kwargs)))
+    grads = jax.tree_util.tree_leaves(jax.grad(total)(trainable))
+    finite = all(bool(jnp.isfinite(g).all()) for g in grads)
+    moving = sum(bool(jnp.any(g != 0)) for g in grads)
+    same = all(a is b for a, b in zip(jax.tree.leaves(strip(tuned)), jax.tree.leaves(params)))
+    back = jax.tree.leaves(insert(tuned, extract(tuned)))
+    equal = all(a is b or bool((a == b).all()) for a, b in zip(back, jax.tree.leaves(tuned)))
+    return [
+        Finding("3 gradients", finite and moving == len(grads), f"{moving} of {len(grads)} trained arrays have one"),
+        Finding("4 strip", same, "the buffers that were given" if same else "other buffers than were given"),
+        Finding("6 one compilation", _compiles_once(apply, tuned, args, kwargs), "new values, the same program"),
+        Finding("7 extract, insert", equal, "the same tree" if equal else "another tree"),
+    ]
+
+
+def _compiles_once(apply: Any, tuned: Any, args: Any, kwargs: Any) -> bool:
+    traces = []
+
+    def traced(tuned: Any, arrays: Any) -> Any:
+        traces.append(None)
+        it = iter(arrays)
+        fill = lambda x: next(it) if is_array(x) else x
+        a, k = jax.tree.map(fill, (args, kwargs))
+        return apply(tuned, *a, **k)
+
+    arrays = [x for x in jax.tree.leaves((args, kwargs)) if is_array(x)]
+    program = jax.jit(traced)
+    for tree in (tuned, _moved(tuned, jax.random.key(1))):
+        jax.block_until_ready(program(tree, arrays))
+    return len(traces) == 1
+
+
+def _acted(fn: Any, tuned: Any, args: Any, kwargs: Any) -> Finding:
+    events = explain(fn, tuned, *args, **kwargs)
+    unused = sorted({e.path for e in events if e.how == "unused"})
+    merged = sorted({f"{e.path} at {e.primitive}" for e in events.merged})
+    figure = f"unused: {', '.join(unused) or 'none'}; merged: {', '.join(merged) or 'none'}"
+    return Finding("every overlay acts", not unused, figure)
+
+
+def _moved(tuned: Any, key: jax.Array) -> Any:
+    """The tree with its trained fields away from where they started."""
+
+    def moved(path: str, x: Any) -> Any:
+        noise = lambda k, v: v + 0.1 * jax.random.normal(jax.random.fold_in(key, k), v.shape, v.dtype)
+        return x.replace(**{n: jax.tree.map(lambda v: noise(k, v), getattr(x, n)) for k, n in enumerate(x.trained_fields)})
+
+    return map_layers(moved, tuned)
+
+
+def _float_leaves(tree: Any) -> list[Any]:
+    leaves = jax.tree.leaves(tree, is_leaf=is_overlay)
+    return [x for x in leaves if is_array(x) and jnp.issubdtype(x.dtype, jnp.floating)]
+
+
+def _floats(out: Any) -> list[Any]:
+    return _float_leaves(out)
+
+
+def _error(got: Sequence[Any], want: Sequence[Any]) -> float:
+    wide = lambda x: np.asarray(x, np.float64)
+    pairs = [(wide(a), wide(b)) for a, b in zip(got, want) if b.size]
+    return max((float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30)) for a, b in pairs), default=0.0)
