@@ -10,6 +10,7 @@ from typing import Any, Callable, Mapping, ParamSpec, Sequence
 import jax
 import jax.numpy as jnp
 
+from peftjax import sharding
 from peftjax.factored import materialise
 from peftjax.overlay import is_overlay, layers, type_of
 from peftjax.paths import flatten, path_of
@@ -166,7 +167,7 @@ def per_leaf(
 
         def placed(key_path: Any, value: Any) -> Any:
             path = path_of(key_path)
-            return make(_leaf(path, value, roles, key)) if path in chosen else value
+            return sharding.placed(make(_leaf(path, value, roles, key))) if path in chosen else value
 
         return jax.tree_util.tree_map_with_path(placed, params, is_leaf=is_overlay)
 

@@ -1,0 +1,181 @@
+"""Where a tuned tree lies on a mesh: the partition of every field of an overlay, from that of its base."""
+
+import math
+import warnings
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from peftjax import compat
+from peftjax.overlay import Overlay
+from peftjax.paths import flatten
+from peftjax.tree import map_leaves, strip
+
+
+class _Misfit(NamedTuple):
+    """A dimension of a field that a mesh does not divide."""
+
+    field: str
+    dim: int
+    size: int
+    axes: Any
+    ways: int
+
+    def __str__(self) -> str:
+        return f"{self.field}, axis {self.dim} of {self.size}, over {self.axes!r} in {self.ways}"
+
+
+def specs(tuned: Any, base_specs: Any, mesh: Mesh | None = None) -> Any:
+    """The partition of every array of a tuned tree: an axis of a field lies where that axis of its base lies.
+
+    A rank, and every other axis that is the overlay's own, is replicated: so A of a kernel split by columns is whole on
+    every device, and B is split as the kernel is.
+
+    Args:
+      tuned: a tree with overlays; shapes are enough.
+      base_specs: a tree of `PartitionSpec` like `strip(tuned)`, or a prefix of it: one spec may stand for a whole
+        subtree. None means replicated.
+      mesh: where given, an axis of a field that it does not divide is replicated, and a warning lists them all.
+
+    Returns:
+      `tuned` with a `PartitionSpec` in the place of every array.
+
+    Raises:
+      ValueError: a spec has more entries than its array has axes, or the trees differ.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, peftjax as pj
+      >>> from jax.sharding import PartitionSpec as P
+      >>> tuned = pj.lora(rank=2).init(jax.random.key(0), {"w": jnp.ones((4, 8))})
+      >>> made = specs(tuned, {"w": P("data", "model")})["w"]
+      >>> tuple(made.base), tuple(made.a), tuple(made.b)
+      (('data', 'model'), ('data', None), (None, 'model'))
+    """
+    named = dict(flatten(_spread(base_specs, strip(tuned))))
+    misfits: list[_Misfit] = []
+
+    def placed(path: str, leaf: Any) -> Any:
+        if not isinstance(leaf, Overlay):
+            return named[path]
+        return _overlay(leaf, _entries(path, named[path], leaf.bottom), path, mesh, misfits)
+
+    made = map_leaves(placed, tuned)
+    if misfits:
+        warnings.warn("replicated, for the mesh does not divide them: " + "; ".join(map(str, misfits)), stacklevel=2)
+    return made
+
+
+def shardings(tuned: Any, mesh: Mesh, base_specs: Any) -> Any:
+    """The `NamedSharding` of every array of a tuned tree, for `jax.device_put`, `jax.jit` and checkpoints.
+
+    Args:
+      tuned, base_specs: as `specs` reads them.
+      mesh: the devices.
+
+    Returns:
+      `tuned` with a `NamedSharding` in the place of every array.
+
+    Raises:
+      ValueError: a spec has more entries than its array has axes, or the trees differ.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, peftjax as pj
+      >>> from jax.sharding import PartitionSpec as P
+      >>> tuned = pj.lora(rank=2).init(jax.random.key(0), {"w": jnp.ones((4, 8))})
+      >>> mesh = jax.make_mesh((1,), ("model",))
+      >>> placed = jax.device_put(tuned, shardings(tuned, mesh, {"w": P(None, "model")}))
+      >>> tuple(placed["w"].b.sharding.spec)
+      (None, 'model')
+    """
+    made = specs(tuned, base_specs, mesh)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), made, is_leaf=_is_spec)
+
+
+def placed(overlay: Any) -> Any:
+    """The overlay with its own fields laid out as its base is.
+
+    Args:
+      overlay: an overlay. On a base that lies on several devices, the axes of its fields take the base's partition; in
+        a traced program they do under explicit axes, where the base's type says it. Elsewhere nothing is moved.
+
+    Returns:
+      The overlay.
+    """
+    found = _layout(overlay.bottom) if isinstance(overlay, Overlay) else None
+    if found is None:
+        return overlay
+    mesh, entries, move = found
+    put = lambda spec, x: move(x, NamedSharding(mesh, spec))
+    wanted = _fields(overlay, entries, "", mesh, [])
+    return overlay.replace(**{n: jax.tree.map(put, s, getattr(overlay, n), is_leaf=_is_spec) for n, s in wanted.items()})
+
+
+def _layout(bottom: Any) -> Any:
+    """The mesh and the partition of a base, and how to move a field there; None where there is none to follow."""
+    if compat.is_traced(bottom):
+        spec = compat.explicit_spec(bottom)
+        return None if spec is None else (jax.typeof(bottom).sharding.mesh, spec, jax.sharding.reshard)
+    sharding = bottom.sharding if isinstance(bottom, jax.Array) else None
+    if not isinstance(sharding, NamedSharding) or sharding.num_devices == 1:
+        return None
+    return sharding.mesh, _entries("", sharding.spec, bottom), jax.device_put
+
+
+def _overlay(x: Any, entries: tuple[Any, ...], path: str, mesh: Any, misfits: list[_Misfit]) -> Any:
+    """The overlay with the partition of each of its arrays, and of what it stands on, in their places."""
+    if not isinstance(x, Overlay):
+        return PartitionSpec(*entries)
+    below = _overlay(x.base, entries, f"{path}/base", mesh, misfits)
+    return x.replace(base=below, **_fields(x, entries, path, mesh, misfits))
+
+
+def _fields(x: Overlay, entries: tuple[Any, ...], path: str, mesh: Any, misfits: list[_Misfit]) -> dict[str, Any]:
+    """The partition of each of an overlay's own arrays, by the name of the field."""
+    labels = x.labels()
+
+    def spec(name: str) -> Any:
+        return jax.tree.map(lambda y: _field(f"{path}/{name}", y, labels.get(name), entries, mesh, misfits), getattr(x, name))
+
+    return {name: spec(name) for name, kind in x.kinds.items() if kind != "static" and name != "base"}
+
+
+def _field(where: str, x: Any, axes: Any, entries: tuple[Any, ...], mesh: Any, misfits: list[_Misfit]) -> PartitionSpec:
+    if axes is None:
+        return PartitionSpec()
+    if len(axes) != x.ndim:
+        raise ValueError(f"{where} has {x.ndim} axes, and its overlay names {len(axes)}: {axes}")
+    wanted = [entries[a[0]] if isinstance(a, tuple) else None for a in axes]
+    for k, entry in enumerate(wanted):
+        ways = _ways(mesh, entry)
+        if x.shape[k] % ways:
+            misfits.append(_Misfit(where, k, x.shape[k], entry, ways))
+            wanted[k] = None
+    return PartitionSpec(*wanted)
+
+
+def _ways(mesh: Any, entry: Any) -> int:
+    """Into how many parts an entry of a spec cuts an axis; 1 where no mesh says it."""
+    names = (entry,) if isinstance(entry, str) else entry or ()
+    return math.prod(mesh.shape[name] for name in names) if mesh is not None else 1
+
+
+def _entries(path: str, spec: Any, base: Any) -> tuple[Any, ...]:
+    """The entries of a spec, one an axis of its array."""
+    if len(spec) > base.ndim:
+        raise ValueError(f"{path}: {spec} has {len(spec)} entries, expected at most {base.ndim}, for {base.shape}")
+    return (*spec, *(None,) * (base.ndim - len(spec)))
+
+
+def _spread(base_specs: Any, base: Any) -> Any:
+    """A spec in the place of every array of the base, from a prefix of its tree."""
+    leaf = lambda x: x is None or _is_spec(x)
+
+    def below(spec: Any, part: Any) -> Any:
+        return jax.tree.map(lambda _: PartitionSpec() if spec is None else spec, part)
+
+    return jax.tree.map(below, base_specs, base, is_leaf=leaf)
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, PartitionSpec)
