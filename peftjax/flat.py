@@ -1,6 +1,5 @@
 """What trains as a flat dictionary, and back, strictly."""
 
-import difflib
 from typing import Any, Iterable, Mapping
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peftjax import compat
+from peftjax.targets import closest
 from peftjax.tree import entries
 
 
@@ -69,7 +69,7 @@ def replaced(tuned: Any, keys: set[str], flat: Mapping[str, Any]) -> Any:
 def misfits(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     """What is wrong with arrays that should have these names, shapes and dtypes, a line each."""
     faults = [f"missing: {key}" for key in expected if key not in found]
-    faults += [f"unknown: {key} (nearest: {nearest(key, expected)})" for key in found if key not in expected]
+    faults += [f"unknown: {key} (nearest: {near(key, expected)})" for key in found if key not in expected]
     both = [key for key in expected if key in found]
     for key in both:
         is_, should = found[key], expected[key]
@@ -90,9 +90,9 @@ def not_finite(named: Iterable[tuple[str, Any]]) -> list[str]:
         return [k for k, fine in jax.device_get(flags).items() if not fine]
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
+def near(name: str, names: Iterable[str]) -> str:
     """The closest names, for an error message."""
-    return ", ".join(difflib.get_close_matches(name, list(names), 3, 0.3)) or "none"
+    return ", ".join(closest(name, list(names))) or "none"
 
 
 def unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:

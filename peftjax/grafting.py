@@ -4,7 +4,7 @@ from typing import Any, Sequence
 
 import jax
 
-from peftjax.flat import nearest, unique
+from peftjax.flat import near, unique
 from peftjax.paths import flatten
 from peftjax.patterns import matches
 from peftjax.tree import map_leaves
@@ -36,7 +36,7 @@ def graft(pretrained: Any, fresh: Any, replace: str | Sequence[str] = ()) -> Any
     patterns, suffix = ((replace,), False) if isinstance(replace, str) else (tuple(replace), True)
     replaced = lambda path: any(matches(p, path, suffix) for p in patterns)
     faults = [
-        f"{p!r} matches no path (nearest: {nearest(p, [*new, *old])})"
+        f"{p!r} matches no path (nearest: {near(p, [*new, *old])})"
         for p in patterns
         if not any(matches(p, path, suffix) for path in (*new, *old))
     ]
@@ -44,7 +44,7 @@ def graft(pretrained: Any, fresh: Any, replace: str | Sequence[str] = ()) -> Any
         if replaced(path):
             faults += [f"{path} stays fresh, but is a shape without a value"] * isinstance(leaf, jax.ShapeDtypeStruct)
         elif path not in old:
-            faults.append(f"{path} is not in the pretrained tree (nearest: {nearest(path, old)})")
+            faults.append(f"{path} is not in the pretrained tree (nearest: {near(path, old)})")
         elif old[path].shape != leaf.shape:
             faults.append(
                 f"{path} is {tuple(old[path].shape)} in the pretrained tree, {tuple(leaf.shape)} in the fresh one"

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from peftjax.overlay import Overlay
 from peftjax.paths import flatten
-from peftjax.patterns import chosen
+from peftjax.targets import Targets, choose
 from peftjax.tree import map_layers, map_leaves
 
 
@@ -56,7 +56,7 @@ def disable(tuned: Any) -> Any:
     return map_layers(lambda _, x: x.replace(scale=jax.tree.map(jnp.zeros_like, x.scale)), tuned)
 
 
-def lock(tuned: Any, targets: Any = ".*") -> Any:
+def lock(tuned: Any, targets: Targets = ".*") -> Any:
     """Keeps overlays from training, as under a new one: every overlay on these leaves is frozen from here on.
 
     Args:
@@ -76,7 +76,7 @@ def lock(tuned: Any, targets: Any = ".*") -> Any:
       >>> pj.extract(pj.lock(tuned, "b"))
       {}
     """
-    paths = chosen(targets, [path for path, x in flatten(tuned) if isinstance(x, Overlay)])
+    paths = set(choose(targets, {path: x for path, x in flatten(tuned) if isinstance(x, Overlay)}))
     return map_leaves(lambda path, x: _locked(x) if path in paths else x, tuned)
 
 

@@ -1,0 +1,187 @@
+"""An adapter in a folder: what the overlays hold, the method that made them, and a fingerprint of their base."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+from typing import Any, Mapping
+
+import jax
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from peftjax.fingerprint import compare, fingerprint
+from peftjax.flat import not_finite, replaced, unique
+from peftjax.folders import replacing
+from peftjax.method import Method, from_dict
+from peftjax.overlay import Overlay, is_overlay, layers
+from peftjax.paths import flatten
+from peftjax.roles import Roles
+from peftjax.tree import Entry, entries, map_leaves, strip
+
+FORMAT = 1
+ARRAYS, PAGE = "adapter.safetensors", "adapter.json"
+KEYS = {"format", "method", "roles", "locked", "base", "arrays", "versions", "checksum"}
+
+
+def save(folder: str | os.PathLike[str], tuned: Any, method: Method, roles: Roles | None = None) -> None:
+    """Writes what the overlays hold (trained and frozen fields, not the base) and what made them.
+
+    The folder appears when it is complete; one that was there before is replaced then, and not a moment earlier.
+
+    Args:
+      folder: where to; it becomes a folder of two files, `adapter.safetensors` and `adapter.json`.
+      tuned: a tree with overlays. Dropout keys are not saved.
+      method: the method whose `init` made the tree.
+      roles: the roles that `init` was given, so that `load` needs none.
+
+    Raises:
+      ValueError: nothing to save, an array holds a NaN or an infinity, or the folder holds other files.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, peftjax as pj, tempfile
+      >>> params = {"b": jnp.ones(2), "w": jnp.ones((2, 2))}
+      >>> method = pj.unfreeze("b")
+      >>> with tempfile.TemporaryDirectory() as place:
+      ...     pj.save(place + "/adapter", method.init(jax.random.key(0), params), method)
+      ...     pj.load(place + "/adapter", params)["b"].value
+      Array([1., 1.], dtype=float32)
+    """
+    held = unique((e.key, e.value) for e in entries(tuned) if _is_held(e))
+    if not held:
+        raise ValueError("nothing to save: the tree holds no overlay")
+    if broken := not_finite(held.items()):
+        raise ValueError(f"not saved, for these hold a NaN or an infinity: {', '.join(broken)}. Did training diverge?")
+    page = {
+        "format": FORMAT,
+        "method": method.to_dict(),
+        "roles": None if roles is None else roles.to_dict(),
+        "locked": _locks(tuned),
+        "base": fingerprint(strip(tuned)),
+        "versions": {name: _version(name) for name in ("peftjax", "jax", "safetensors")},
+    }
+    with replacing(Path(os.path.realpath(folder)), {ARRAYS, PAGE}) as new:
+        save_file({key: np.asarray(jax.device_get(x), order="C") for key, x in held.items()}, new / ARRAYS)
+        page["arrays"] = _digest_file(new / ARRAYS)
+        page["checksum"] = _checksum(page)
+        (new / PAGE).write_text(json.dumps(page, indent=1) + "\n")
+
+
+def load(folder: str | os.PathLike[str], params: Any, roles: Roles | None = None, method: Method | None = None) -> Any:
+    """Lays a saved adapter on the parameters it was made for.
+
+    Args:
+      folder: what `save` wrote.
+      params: the very parameters that were tuned: every leaf's path, type and bytes are compared.
+      roles: the roles of the model; by default those that were saved.
+      method: what the caller expects to find; None takes the saved method.
+
+    Returns:
+      The tuned tree, on the buffers of `params`.
+
+    Raises:
+      ValueError: names what is wrong: a file missing, damaged or of another format, another method, another base (with
+        the first leaves that differ), or arrays that do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, peftjax as pj
+      >>> pj.load("nowhere", {"w": jnp.ones(2)})
+      Traceback (most recent call last):
+      ...
+      ValueError: nowhere: no adapter.json; expected a folder that `save` wrote
+    """
+    folder = Path(folder)
+    page = _page(folder)
+    found = _method(page, method, folder)
+    compare(page["base"], fingerprint(params), str(folder))
+    if roles is None and page["roles"] is not None:
+        roles = Roles.from_dict(page["roles"])
+    shapes = jax.eval_shape(lambda p: found.init(jax.random.key(0), p, roles), params)
+    tuned = _locked(_on(shapes, params), page["locked"])
+    try:
+        return replaced(tuned, {e.key for e in entries(tuned) if _is_held(e)}, _arrays(folder, page["arrays"]))
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
+def _is_held(e: Entry) -> bool:
+    return not e.is_base and not e.is_key
+
+
+def _locks(tuned: Any) -> dict[str, list[list[str]]]:
+    found = {path: [list(x.locked) for x in layers(leaf)] for path, leaf in flatten(tuned)}
+    return {path: locks for path, locks in found.items() if any(locks)}
+
+
+def _locked(tuned: Any, locks: Mapping[str, list[list[str]]]) -> Any:
+    def locked(x: Any, fields: list[list[str]]) -> Any:
+        return x.replace(base=locked(x.base, fields[1:]), locked=tuple(fields[0])) if fields else x
+
+    return map_leaves(lambda path, x: locked(x, locks.get(path, [[]] * sum(1 for _ in layers(x)))), tuned)
+
+
+def _on(shapes: Any, params: Any) -> Any:
+    arrays = iter(jax.tree.leaves(params))
+
+    def on(x: Any, array: Any) -> Any:
+        return x.replace(base=on(x.base, array)) if isinstance(x, Overlay) else array
+
+    return jax.tree.map(lambda x: on(x, next(arrays)), shapes, is_leaf=is_overlay)
+
+
+def _digest_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _page(folder: Path) -> dict[str, Any]:
+    if not (folder / PAGE).is_file():
+        raise ValueError(f"{folder}: no {PAGE}; expected a folder that `save` wrote")
+    try:
+        page = json.loads((folder / PAGE).read_text())
+    except ValueError as error:
+        raise ValueError(f"{folder / PAGE} is damaged: {error}") from None
+    if not isinstance(page, dict) or page.get("format") != FORMAT:
+        version = page.get("format") if isinstance(page, dict) else None
+        raise ValueError(f"{folder / PAGE} has format {version!r}, expected {FORMAT}: written by another version?")
+    if set(page) != KEYS:
+        raise ValueError(
+            f"{folder / PAGE}: missing keys {sorted(KEYS - set(page))}, unknown keys {sorted(set(page) - KEYS)}"
+        )
+    if page["checksum"] != _checksum(page):
+        raise ValueError(f"{folder / PAGE} is damaged: it is not what `save` wrote")
+    return page
+
+
+def _checksum(page: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in page.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _method(page: Mapping[str, Any], asked: Method | None, folder: Path) -> Method:
+    if asked is not None and (wanted := json.loads(json.dumps(asked.to_dict()))) != page["method"]:
+        raise ValueError(
+            f"{folder} holds another method than asked for:\n  found    {page['method']}\n  expected {wanted}"
+        )
+    return from_dict(page["method"])
+
+
+def _arrays(folder: Path, digest: str) -> dict[str, Any]:
+    path = folder / ARRAYS
+    if not path.is_file():
+        raise ValueError(f"no {ARRAYS}")
+    if _digest_file(path) != digest:
+        raise ValueError(f"{ARRAYS} is damaged: truncated, or not the one that {PAGE} was written with")
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{ARRAYS} is damaged: {error}") from error

@@ -1,0 +1,58 @@
+"""Telling one tree of parameters from another."""
+
+import hashlib
+from typing import Any, Mapping
+
+import jax
+import numpy as np
+
+from peftjax.flat import unique
+from peftjax.overlay import short
+from peftjax.paths import flatten
+
+
+def fingerprint(params: Any) -> dict[str, Any]:
+    """What tells one tree of parameters from another: the type and a hash of every leaf, and a hash of all.
+
+    Args:
+      params: a plain tree. Its leaves are copied to the host one at a time.
+
+    Returns:
+      {"sha256": hash of all, "leaves": {path: [type, first half of its hash]}}.
+    """
+    whole, leaves = hashlib.sha256(), {}
+    for path, x in sorted(unique(flatten(params)).items()):
+        digest = hashlib.sha256(f"{path} {short(x)} ".encode())
+        digest.update(_bytes(x))
+        whole.update(digest.digest())
+        leaves[path] = [short(x), digest.hexdigest()[:32]]
+    return {"sha256": whole.hexdigest(), "leaves": leaves}
+
+
+def _bytes(x: Any) -> memoryview:
+    if jax.dtypes.issubdtype(getattr(x, "dtype", None), jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    return np.ascontiguousarray(jax.device_get(x)).reshape(-1).view(np.uint8).data
+
+
+def compare(saved: Mapping[str, Any], given: Mapping[str, Any], name: str) -> None:
+    """Checks that two fingerprints are the same.
+
+    Raises:
+      ValueError: they are not; names the first leaves that differ.
+    """
+    if saved["sha256"] == given["sha256"]:
+        return
+    old, new = saved["leaves"], given["leaves"]
+    found = [_difference(path, old.get(path), new.get(path)) for path in sorted({*old, *new})]
+    lines = [line for line in found if line]
+    more = [f"and {len(lines) - 5} more"] if len(lines) > 5 else []
+    raise ValueError(f"{name} was made for other parameters:\n  " + "\n  ".join(lines[:5] + more))
+
+
+def _difference(path: str, saved: list[str] | None, given: list[str] | None) -> str | None:
+    if saved is None or given is None:
+        return f"{path}: {'only in the given tree' if saved is None else 'missing in the given tree'}"
+    if saved[0] != given[0]:
+        return f"{path}: {given[0]}, expected {saved[0]}"
+    return None if saved == given else f"{path}: other values"
