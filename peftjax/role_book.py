@@ -5,13 +5,13 @@ import dataclasses
 import math
 from typing import Iterator, Mapping, Sequence
 
-from peftjax.role_values import Act, Fixed, Head, Pending, Product, Track, is_own
+from peftjax.role_values import Act, Fixed, Pending, Product, Track, is_own
 from peftjax.views import Atom, Cut, Drop, DynamicCut, Edit, Layout
 
 CONTRACTED = ("linear", "conv", "embedding")
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot")
 JOINED = frozenset({"add", "add_any", "concatenate"})
-PLAIN = {"bias": JOINED, "scale": JOINED | {"mul", "div", "neg", "sub"}, "other": frozenset()}  # and still a bias, a scale
+PLAIN = {"bias": JOINED, "scale": JOINED | {"mul", "div", "neg", "sub"}, "other": frozenset()}  # and still that
 
 
 @dataclasses.dataclass(eq=False)
@@ -29,6 +29,7 @@ class Notes:
     kernel: str | None = None
     groups: int = 1
     activation: bool = False  # something else was its kernel
+    provisional: bool = False  # no contraction yet with anything that depends on data
 
     @property
     def axes(self) -> str:
@@ -75,7 +76,8 @@ class Book:
         """A track after a view; an axis of which one entry was taken is stacked."""
         indexed = track.indexed
         for edit in edits:
-            if isinstance(edit, (Cut, DynamicCut)) and dict(layout.sizes).get(edit.atom, 1) == 1 < track.layout.size(edit.atom):
+            one = isinstance(edit, (Cut, DynamicCut)) and dict(layout.sizes).get(edit.atom, 1) == 1
+            if one and track.layout.size(edit.atom) > 1:
                 indexed |= {edit.atom}
             if isinstance(edit, Drop) and edit.atom in indexed:
                 self.mark(track, {edit.atom: "s"})
@@ -91,12 +93,16 @@ class Book:
         axes = {a[0] for a in large}
         self.mark(track, {a: letter for a, letter in marks.items() if a in large or a[0] not in axes or letter == "s"})
 
-    def decide(self, track: Track, op: str) -> bool:
-        """Settles what a leaf is. The first use decides, but a contraction comes before all else. Returns whether it did."""
-        notes = self.notes[track.path]
-        if self.rehearsing or notes.op in CONTRACTED or (notes.op and op not in CONTRACTED):
+    def decide(self, track: Track, op: str, data: bool = True) -> bool:
+        """Settles what a leaf is, and returns whether it did.
+
+        The first use decides; but before all else comes a contraction with data, then one without (power iteration).
+        """
+        notes, strong = self.notes[track.path], op in CONTRACTED
+        settled = notes.op in CONTRACTED and not (notes.provisional and strong and data)
+        if self.rehearsing or settled or notes.op and not (strong and (data or not notes.activation)):
             return False
-        notes.op = op
+        notes.op, notes.provisional = op, strong and not data
         return True
 
     def suggest(self, tracks: Sequence[Track], op: str) -> None:
@@ -104,27 +110,18 @@ class Book:
         for track in tracks:
             self.notes[track.path].hint = self.notes[track.path].hint or op
 
-    def contract(self, kernel: Fixed, name: str, op: str, dims: Mapping[int, str]) -> Product | None:
+    def contract(self, kernel: Fixed, name: str, op: str, dims: Mapping[int, str], data: bool) -> Product | None:
         """A contraction with a kernel. The product, if it is the first one of its leaves."""
         made = Product(tuple(t.path for t in kernel.primary))
-        first = [self.decide(track, op) for track in kernel.primary]
-        for track, new in zip(kernel.primary, first):
-            if new:
-                self.notes[track.path].letters = {
-                    k: {"s"} for k, letters in self.notes[track.path].letters.items() if "s" in letters
-                }
+        new = self.rehearsing or not any(use in PRODUCTS for use in self.notes[made.kernels[0]].uses)
+        for track in kernel.primary:
+            notes = self.notes[track.path]
+            if self.decide(track, op, data):
+                notes.letters = {k: {"s"} for k, letters in notes.letters.items() if "s" in letters}
                 self.mark_dims(track, dims)
-                self.notes[track.path].product = made
+                notes.product, new = made, True
         self.use(kernel.primary, name)
-        return made if self.rehearsing or self._times(kernel) == 1 else None
-
-    def _times(self, kernel: Fixed) -> int:
-        return sum(use in PRODUCTS for use in self.notes[kernel.primary[0].path].uses)
-
-    def head(self, kernel: Fixed) -> frozenset[Head]:
-        """The kernel as a head, unless it was contracted before."""
-        new = self.rehearsing or self._times(kernel) == 1
-        return frozenset({Head(self.time, kernel.primary[0].path)} if new else ())
+        return made if new else None
 
     def activation(self, value: Fixed, name: str) -> None:
         """Leaves that another leaf, their kernel, contracts."""
@@ -134,12 +131,14 @@ class Book:
             self.notes[track.path].activation = True
 
     def meet(self, value: Fixed, name: str, kind: str, act: Act | None) -> bool:
-        """An elementwise meeting with an activation, as "scale", "bias" or "other". Whether a kernel's bias was found."""
+        """An elementwise meeting with an activation: "scale", "bias" or "other". Whether it was a kernel's bias."""
         self.use(value.tracks, name)
         for track in value.primary:
             self.decide(track, kind if track.ops <= PLAIN[kind] else "other")
         pending = act.live if act else None
         if kind == "other" or pending is None or not pending.fresh or self.rehearsing:
+            return False
+        if kind == "bias" and pending.biased:
             return False
         return self._pair(value.primary, kind, pending)
 
@@ -161,7 +160,7 @@ class Book:
 
 
 def aligned(track: Track, pending: Pending) -> dict[int, str] | None:
-    """The letters of a vector's dimensions, from the output it meets; None where it varies along the data's own axes."""
+    """The letters of a vector's dimensions, from the output it meets; None if it varies along the data's own axes."""
     letters: dict[int, str] = {}
     if pending.layout is None or not 0 < len(track.layout.dims) == len(pending.layout.dims):
         return None

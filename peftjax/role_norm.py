@@ -1,4 +1,4 @@
-"""Recognises a layer norm or an RMS norm in a trace: what is computed from one array alone, and its scale, bias and eps."""
+"""Recognises a layer norm or an RMS norm in a trace: what is computed from one array, its scale, bias and eps."""
 
 import dataclasses
 from typing import Sequence

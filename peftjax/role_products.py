@@ -1,30 +1,40 @@
 """Contractions, convolutions and lookups: which operand is the kernel, and the roles of its axes."""
 
 import math
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, NamedTuple, Sequence
 
 from peftjax import views
 from peftjax.role_book import CONTRACTED, Book
-from peftjax.role_values import Act, Fixed, Pending, Track, Value, heads
+from peftjax.role_values import Act, Fixed, Head, Pending, Track, Value, any_data, heads
 from peftjax.views import Layout
 
 Outs = list[Value] | None
+NAMES = {"ragged_dot_general": "ragged_dot"}
 
 
-def finish(book: Book, eqn: Any, kernel: Fixed, data: Sequence[Value], dims: dict[int, str], out: Sequence[str],
-           name: str, op: str) -> list[Value]:
-    """Notes a contraction, and gives its output: `dims` are the letters of the kernel's dimensions, `out` of the output's."""
-    product = book.contract(kernel, name, op, dims)
+class Letters(NamedTuple):
+    """The letters of a contraction: of the kernel's dimensions, and of the output's."""
+
+    kernel: dict[int, str]
+    out: Sequence[str]
+
+
+def finish(book: Book, eqn: Any, kernel: Fixed, data: Sequence[Value], letters: Letters, op: str) -> list[Value]:
+    """Notes a contraction, and gives its output."""
+    name = NAMES.get(eqn.primitive.name, eqn.primitive.name)
+    known = any_data(data)
+    product = book.contract(kernel, name, op, letters.kernel, known)
     for value in data:
         value.touch()
         if isinstance(value, Act):
             value.end()
         elif value.tracks:
             book.activation(value, name)
-    layout = Layout.of(eqn.outvars[0].aval.shape)
-    letters: dict[Any, str] = {(k,): letter for k, letter in enumerate(out)}
-    pending = Pending(product, layout, letters, True) if product else None
-    return [Act(pending=pending, heads=book.head(kernel))]
+    shape = eqn.outvars[0].aval.shape
+    axes: dict[Any, str] = {(k,): letter for k, letter in enumerate(letters.out)}
+    pending = Pending(product, Layout.of(shape), axes) if product else None
+    head = frozenset({Head(book.time, kernel.primary[0].path)} if product else ())
+    return [Act(pending=pending, heads=head, data=known, uniform=math.prod(shape) == 1)]
 
 
 def dot_general(book: Book, eqn: Any, operands: Sequence[Value]) -> Outs:
@@ -35,10 +45,9 @@ def dot_general(book: Book, eqn: Any, operands: Sequence[Value]) -> Outs:
         return None
     shapes = [v.aval.shape for v in eqn.invars[:2]]
     free = [len(shapes[k]) - len(contracted[k]) - len(batched[k]) for k in (0, 1)]
-    letters = ["o" if side == k else "x" for k in (0, 1) for _ in range(free[k])]
-    return finish(book, eqn, _fixed(operands[side]), [operands[1 - side]],
-                  _letters(len(shapes[side]), contracted[side], batched[side]),
-                  ["b"] * len(batched[0]) + letters, "dot_general", "linear")
+    out = ["b"] * len(batched[0]) + ["o" if side == k else "x" for k in (0, 1) for _ in range(free[k])]
+    letters = Letters(_letters(len(shapes[side]), contracted[side], batched[side]), out)
+    return finish(book, eqn, _fixed(operands[side]), [operands[1 - side]], letters, "linear")
 
 
 def _fixed(value: Value) -> Fixed:
@@ -83,7 +92,8 @@ def ragged_dot(book: Book, eqn: Any, operands: Sequence[Value]) -> Outs:
     free = len(shapes[0]) - len(contracted[0]) - len(batched[0])
     out = ["b"] * len(batched[0]) + ["x"] * free
     out += ["o"] * (len(eqn.outvars[0].aval.shape) - len(out))
-    return finish(book, eqn, kernel, [data, *rest], _letters(len(shapes[1]), contracted[1], stacked), out, "ragged_dot", "linear")
+    letters = Letters(_letters(len(shapes[1]), contracted[1], stacked), out)
+    return finish(book, eqn, kernel, [data, *rest], letters, "linear")
 
 
 def convolution(book: Book, eqn: Any, operands: Sequence[Value]) -> Outs:
@@ -95,7 +105,7 @@ def convolution(book: Book, eqn: Any, operands: Sequence[Value]) -> Outs:
     feature = numbers.rhs_spec[0]
     dims = {k: "o" if k == feature else "i" for k in range(len(numbers.rhs_spec))}
     out = ["o" if k == numbers.out_spec[1] else "x" for k in range(len(numbers.out_spec))]
-    outs = finish(book, eqn, kernel, [data], dims, out, "conv_general_dilated", "conv")
+    outs = finish(book, eqn, kernel, [data], Letters(dims, out), "conv")
     for track in kernel.primary:
         groups = _experts(book, track, feature, groups)
         if not book.rehearsing and book.notes[track.path].uses.count("conv_general_dilated") == 1:
@@ -127,14 +137,14 @@ def gather(book: Book, eqn: Any, operands: Sequence[Value]) -> Outs:
 
 def _lookup(book: Book, eqn: Any, table: Fixed, indices: Sequence[Value], numbers: Any, sizes: Sequence[int]) -> Outs:
     dims = _letters(len(sizes), numbers.start_index_map, numbers.operand_batching_dims)
-    book.contract(table, "gather", "embedding", dims)
+    book.contract(table, "gather", "embedding", dims, data=True)
     for value in indices:
         value.touch()
         if isinstance(value, Act):
             value.end()
         elif value.tracks:
             book.activation(value, "gather")
-    return [Act(heads=heads(indices))]
+    return [Act(heads=heads(indices), data=any_data(indices))]
 
 
 def _entry(book: Book, eqn: Any, table: Fixed, numbers: Any, sizes: Sequence[int]) -> Outs:

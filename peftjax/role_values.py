@@ -46,12 +46,13 @@ class Product:
 
 
 class Pending(NamedTuple):
-    """A value still linear in a product: which of its axes are the kernel's, and whether only parameters touched it."""
+    """A value still linear in a product, and which of its axes are the kernel's."""
 
     product: Product
     layout: Layout | None
     letters: dict[Atom, str]
-    fresh: bool
+    fresh: bool = True  # only views and parameters have touched it
+    biased: bool = False
 
     def letters_of(self, k: int) -> set[str]:
         """The letters of dimension k: "o" the kernel's outputs, "b" its batch, "x" the data's own."""
@@ -81,6 +82,8 @@ class Act:
     pending: Pending | None = None
     heads: frozenset[Head] = frozenset()
     derived: Derived | None = None
+    data: bool = True  # whether it depends on the function's other arguments
+    uniform: bool = False  # whether its entries are all the same
 
     @property
     def live(self) -> Pending | None:
@@ -164,6 +167,11 @@ def tracked(values: Iterable[Value]) -> list[Fixed]:
 def acts(values: Iterable[Value]) -> list[Act]:
     """Those values that are activations."""
     return [v for v in values if isinstance(v, Act)]
+
+
+def any_data(values: Iterable[Value]) -> bool:
+    """Whether one of these depends on the function's other arguments."""
+    return any(v.data for v in values if isinstance(v, Act))
 
 
 def heads(values: Iterable[Value]) -> frozenset[Head]:

@@ -8,7 +8,8 @@ from jax.extend import core as jex
 
 from peftjax import compat, role_ops
 from peftjax.role_book import Book
-from peftjax.role_values import Act, Fixed, Head, Track, Value, heads
+from peftjax.role_fixed import constant
+from peftjax.role_values import Act, Fixed, Head, Track, Value, any_data, heads
 
 Outs = list[Value]
 
@@ -17,8 +18,8 @@ def walk(book: Book, closed: Any, operands: Sequence[Value]) -> Outs:
     """The values of a jaxpr's outputs, given those of its inputs."""
     jaxpr, consts = (closed.jaxpr, closed.consts) if isinstance(closed, jex.ClosedJaxpr) else (closed, ())
     env: dict[Any, Value] = dict(zip(jaxpr.invars, operands, strict=True))
-    env |= {v: role_ops.constant(x) for v, x in zip(jaxpr.constvars, consts)}
-    read = lambda v: role_ops.constant(v.val) if isinstance(v, jex.Literal) else env[v]
+    env |= {v: constant(x) for v, x in zip(jaxpr.constvars, consts)}
+    read = lambda v: constant(v.val) if isinstance(v, jex.Literal) else env[v]
     for eqn in jaxpr.eqns:
         inside = REGIONS.get(eqn.primitive.name, role_ops.read)
         env.update(zip(eqn.outvars, inside(book, eqn, [read(v) for v in eqn.invars]), strict=False))
@@ -41,7 +42,7 @@ def enter(value: Value) -> Value:
     if isinstance(value, Fixed):
         return value
     value.end()
-    return Act(heads=value.heads)
+    return Act(heads=value.heads, data=value.data, uniform=value.uniform)
 
 
 def leave(value: Value, without: frozenset[Head] = frozenset()) -> Value:
@@ -50,7 +51,7 @@ def leave(value: Value, without: frozenset[Head] = frozenset()) -> Value:
     if isinstance(value, Fixed):
         return value
     value.end()
-    return Act(heads=value.heads - without)
+    return Act(heads=value.heads - without, data=value.data, uniform=value.uniform)
 
 
 def join(a: Value, b: Value) -> Value:
@@ -61,7 +62,7 @@ def join(a: Value, b: Value) -> Value:
         places = [[(t.path, t.layout) for t in v.tracks] for v in (a, b)]
         if places[0] == places[1]:
             return Fixed(tuple(map(_weaker, a.tracks, b.tracks)), a.value if a.value == b.value else None)
-    return Act(heads=heads([a, b]))
+    return Act(heads=heads([a, b]), data=any_data([a, b]))
 
 
 def _weaker(a: Track, b: Track) -> Track:
@@ -73,7 +74,7 @@ def settle(book: Book, step: Callable[[Outs], Outs], carry: Outs) -> Outs:
     with book.rehearsal():
         while True:
             after = step(carry)[: len(carry)]
-            joined = [join(a, b) if isinstance(a, Fixed) else a for a, b in zip(carry, after)]
+            joined = [join(a, b) if not _same(a, b) else a for a, b in zip(carry, after)]
             if all(_same(a, b) for a, b in zip(carry, joined)):
                 return joined
             carry = joined
@@ -82,14 +83,14 @@ def settle(book: Book, step: Callable[[Outs], Outs], carry: Outs) -> Outs:
 def _same(a: Value, b: Value) -> bool:
     if isinstance(a, Fixed) and isinstance(b, Fixed):
         return (a.tracks, a.value) == (b.tracks, b.value)
-    return isinstance(a, Act) and isinstance(b, Act)
+    return isinstance(a, Act) and isinstance(b, Act) and a.data >= b.data and a.uniform <= b.uniform
 
 
 def loop(book: Book, step: Callable[[Outs], Outs], carry: Outs) -> Outs:
     """Reads a loop's body once, on the settled carry. What its own kernels carry on is no head."""
     known = heads(carry)
     settled = settle(book, step, carry)
-    outs = step([Act(heads=v.heads & known) if isinstance(v, Act) else v for v in settled])
+    outs = step([dataclasses.replace(v, heads=v.heads & known) if isinstance(v, Act) else v for v in settled])
     inner = heads(outs[: len(carry)]) - known
     ends = [join(a, leave(b, inner)) for a, b in zip(settled, outs)]
     return ends + [leave(v, inner) for v in outs[len(carry) :]]
@@ -149,7 +150,7 @@ def shard_map(book: Book, eqn: Any, operands: Sequence[Value]) -> Outs:
 
 
 def resized(value: Value, shape: Sequence[int]) -> Value:
-    """Parameters whose dimensions have other sizes; one that several axes share shrinks in the first that it divides."""
+    """Parameters whose dimensions have other sizes; of several axes in one, the first that can shrinks."""
     if not isinstance(value, Fixed):
         return value
     tracks = []

@@ -68,7 +68,8 @@ def choose(
 
 def _is_linear(path: str, kind: Any, role: Role | None) -> bool:
     if role is None:
-        return len(kind.shape) == 2 and jnp.issubdtype(kind.dtype, jnp.floating) and "embed" not in path.rpartition("/")[2]
+        matrix = len(kind.shape) == 2 and jnp.issubdtype(kind.dtype, jnp.floating)
+        return matrix and "embed" not in path.rpartition("/")[2]
     return role.op in ("linear", "conv") and not role.head and {"i", "o"} <= set(role.axes)
 
 
@@ -109,7 +110,7 @@ def _nothing(targets: Any, exclude: Any, taken: Any, found: set[str], roles: Map
         return f"targets={targets!r} matches no leaf; expected a predicate that is true of one at least"
     heads = [path for path, role in roles.items() if role.head]
     said = f"the output head {heads[0]}" if heads else "no output head"
-    return f"targets='all-linear' finds no kernel besides {said}, embeddings, and {len(taken)} leaves that train already"
+    return f"targets='all-linear' finds no kernel but {said}, embeddings, and {len(taken)} leaves that train already"
 
 
 def closest(target: str, paths: Sequence[str], count: int = 3) -> list[str]:
@@ -128,8 +129,10 @@ def closest(target: str, paths: Sequence[str], count: int = 3) -> list[str]:
         ['layer/query/kernel']
     """
     name = re.sub(r"[^A-Za-z0-9_/]+", "", target.replace(".*", ""))
-    like = lambda path: max(difflib.SequenceMatcher(None, name, end).ratio() for end in _ends(path))
-    return [path for path in sorted(paths, key=like, reverse=True) if like(path) > 0.3][:count]
+    ends = {end for path in paths for end in _ends(path)}
+    like = {end: difflib.SequenceMatcher(None, name, end).ratio() for end in ends}
+    best = {path: max(like[end] for end in _ends(path)) for path in paths}
+    return [path for path in sorted(paths, key=lambda path: -best[path]) if best[path] > 0.3][:count]
 
 
 def _ends(path: str) -> Iterator[str]:
