@@ -19,7 +19,8 @@ from peftjax.method import Method, from_dict
 from peftjax.overlay import Overlay, is_overlay, layers
 from peftjax.paths import flatten
 from peftjax.roles import Roles
-from peftjax.tree import Entry, entries, map_leaves, strip
+from peftjax.sharding import placed
+from peftjax.tree import Entry, entries, map_layers, map_leaves, strip
 
 FORMAT = 1
 ARRAYS, PAGE = "adapter.safetensors", "adapter.json"
@@ -79,7 +80,7 @@ def load(folder: str | os.PathLike[str], params: Any, roles: Roles | None = None
       method: what the caller expects to find; None takes the saved method.
 
     Returns:
-      The tuned tree, on the buffers of `params`.
+      The tuned tree, on the buffers of `params`; the overlays' fields lie as their bases do.
 
     Raises:
       ValueError: names what is wrong: a file missing, damaged or of another format, another method, another base (with
@@ -101,9 +102,10 @@ def load(folder: str | os.PathLike[str], params: Any, roles: Roles | None = None
     shapes = jax.eval_shape(lambda p: found.init(jax.random.key(0), p, roles), params)
     tuned = _locked(_on(shapes, params), page["locked"])
     try:
-        return replaced(tuned, {e.key for e in entries(tuned) if _is_held(e)}, _arrays(folder, page["arrays"]))
+        filled = replaced(tuned, {e.key for e in entries(tuned) if _is_held(e)}, _arrays(folder, page["arrays"]))
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
+    return map_layers(lambda _, x: placed(x), filled)
 
 
 def _is_held(e: Entry) -> bool:

@@ -41,7 +41,9 @@ def rates(tuned: Any, roles: Mapping[str, Role], decay: float, block: Callable[[
     total = max((s.first + s.length for s in where.values()), default=0)
     if total < 2:
         raise ValueError(f"the model has {total} layer: no number in its paths tells layers apart; pass `block=`")
-    found = [_rate(e, where, roles, total, decay) if e.trains else None for e in entries(tuned)]
+    leaves = dict(flatten(tuned))
+    rate = lambda e: _rate(e, leaves[e.path], where, roles.get(e.path), total, decay)
+    found = [rate(e) if e.trains else None for e in entries(tuned)]
     return jax.tree.unflatten(jax.tree.structure(tuned), found)
 
 
@@ -114,15 +116,20 @@ def _numbered(paths: Sequence[str]) -> dict[str, str]:
     return {path: next(m for m in found if m in alike) for path, found in modules.items() if alike & set(found)}
 
 
-def _rate(e: Entry, where: Mapping[str, Span], roles: Mapping[str, Role], total: int, decay: float) -> Any:
-    if e.path not in where:
+def _rate(e: Entry, leaf: Any, where: Mapping[str, Span], role: Role | None, total: int, decay: float) -> Any:
+    if role is None or e.path not in where:
         raise ValueError(f"{e.path} trains, but has no role in the model, or is not used: were roles taken of another?")
     first, length = where[e.path]
     each = [decay ** (total - 1 - k) for k in range(first, first + length)]
-    if "s" not in roles[e.path].axes:
+    if "s" not in role.axes:
         return each[-1]
-    axis = roles[e.path].axes.index("s")
-    axes = [k for k, n in enumerate(e.value.shape) if n == length]
-    if axis and len(axes) != 1 or not axis and 0 not in axes:
-        raise ValueError(f"{e.key} {e.value.shape} belongs to {length} stacked layers, but along which axis?")
-    return np.array(each, np.float32).reshape([-1 if k == (axes[0] if axis else 0) else 1 for k in range(e.value.ndim)])
+    axes = _axes(leaf, e.field)
+    if (atom := (role.axes.index("s"),)) not in axes:
+        raise ValueError(f"{e.key} serves {length} stacked layers at once, so it has no rate of its own in each")
+    return np.array(each, np.float32).reshape([-1 if k == axes.index(atom) else 1 for k in range(e.value.ndim)])
+
+
+def _axes(leaf: Any, field: str) -> tuple[Any, ...]:
+    """The axes of a field, as the overlay that holds it labels them."""
+    name, *rest = field.split("/")
+    return _axes(leaf.base, "/".join(rest)) if name == "base" else leaf.labels().get(name, ())

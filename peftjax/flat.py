@@ -108,7 +108,6 @@ def unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 def _placed(new: Any, old: Any) -> Any:
     if isinstance(new, jax.Array):
         return new
-    sharding = getattr(old, "sharding", None)
-    if isinstance(sharding, jax.sharding.NamedSharding):
-        return jax.device_put(np.array(new), sharding)
+    if isinstance(old, jax.Array) and isinstance(old.sharding, jax.sharding.NamedSharding):
+        return jax.device_put(np.array(new), old.sharding)
     return jnp.array(new, copy=True)

@@ -5,6 +5,7 @@ from typing import Any, Sequence
 import jax
 
 from peftjax.flat import near, unique
+from peftjax.overlay import type_of
 from peftjax.paths import flatten
 from peftjax.patterns import matches
 from peftjax.tree import map_leaves
@@ -45,9 +46,9 @@ def graft(pretrained: Any, fresh: Any, replace: str | Sequence[str] = ()) -> Any
             faults += [f"{path} stays fresh, but is a shape without a value"] * isinstance(leaf, jax.ShapeDtypeStruct)
         elif path not in old:
             faults.append(f"{path} is not in the pretrained tree (nearest: {near(path, old)})")
-        elif old[path].shape != leaf.shape:
+        elif type_of(old[path]).shape != type_of(leaf).shape:
             faults.append(
-                f"{path} is {tuple(old[path].shape)} in the pretrained tree, {tuple(leaf.shape)} in the fresh one"
+                f"{path} is {type_of(old[path]).shape} in the pretrained tree, {type_of(leaf).shape} in the fresh one"
             )
     faults += [f"{path} is in the pretrained tree alone" for path in old if path not in new and not replaced(path)]
     if faults:

@@ -38,7 +38,7 @@ def merge(tuned: Any, report: bool = False) -> Any:
       A plain tree; with `report`, `(tree, {path: Rounding})`. Leaves without an overlay are the same arrays.
 
     Raises:
-      ValueError: an overlay acts on outputs, so no weight can say it, or a trained array holds a NaN or an infinity.
+      ValueError: no weight can say what an overlay does, or an array holds a NaN or an infinity.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj
@@ -64,8 +64,8 @@ def _check(tuned: Any) -> None:
     ]
     if kept:
         raise ValueError(
-            f"these overlays act on outputs, so no weight can say what they do: {', '.join(kept)}. Call "
-            "`wrap(fn)(tuned, ...)` instead of merging, or `strip(tuned)` for the base model"
+            f"no weight can say what these overlays do: {', '.join(kept)}. They act on outputs, add rows, or act in "
+            "some uses only. Call `wrap(fn)(tuned, ...)` instead of merging, or `strip(tuned)` for the base model"
         )
     broken = not_finite((e.key, e.value) for e in entries(tuned) if e.field and not e.is_base and not e.is_key)
     if broken:

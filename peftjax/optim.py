@@ -34,7 +34,8 @@ def train_only(tx: optax.GradientTransformation, tuned: Any) -> optax.GradientTr
     """Makes an optimizer fit for a loop over the full tree, such as one with Flax's `TrainState`.
 
     Frozen arrays get no state, no decay and no update, and their gradients take no part in clipping. Let it be the
-    outermost transform. With `partition` it is not needed: there, `tx` never sees a frozen array.
+    outermost transform. With `partition` it is not needed: there, `tx` never sees a frozen array. Where a tree holds
+    integers, the gradient of all of it is `jax.grad(loss, allow_int=True)`.
 
     Args:
       tx: the optimizer of what trains.
@@ -193,8 +194,8 @@ def layerwise(
       A transform over the full tree or its trainable part, as `train_only` makes it.
 
     Raises:
-      ValueError: a decay outside (0, 1], a model of one layer, a leaf without a role, or an array of a stacked leaf in
-        which the stacked axis cannot be told.
+      ValueError: a decay outside (0, 1], a model of one layer, a leaf without a role, or an array of a stacked leaf
+        that has no stacked axis itself.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, peftjax as pj

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from flax.core import FrozenDict
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 from peftjax import checkpoint
@@ -83,6 +84,17 @@ def test_any_tree(tmp_path, name):
     tuned = trained(METHODS["lora"], base)
     save(tmp_path / "x", tuned, METHODS["lora"])
     assert_same(load(tmp_path / "x", base), tuned)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_fields_lie_as_their_bases_do(tmp_path, axis_type):
+    where = NamedSharding(jax.make_mesh((2,), ("x",), axis_types=(axis_type,)), PartitionSpec("x", None))
+    base = {"kernel": jax.device_put(params()["a"]["kernel"], where)}
+    tuned = trained(METHODS["lora"], {"kernel": params()["a"]["kernel"]})
+    save(tmp_path / "x", tuned, METHODS["lora"])
+    again = load(tmp_path / "x", base)["kernel"]
+    assert again.base is base["kernel"] and again.a.sharding == where
+    assert again.b.sharding.is_fully_replicated and again.b.sharding.mesh == where.mesh
 
 
 def test_scales_and_locks_are_kept_and_dropout_keys_are_not(tmp_path):

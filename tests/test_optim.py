@@ -15,6 +15,7 @@ from peftjax.gradient import value_and_grad
 from peftjax.methods.lora import LoRA
 from peftjax.methods.unfreeze import Full
 from peftjax.optim import Untouched, groups, layerwise, lora_plus, train_only
+from peftjax.overlay import type_of
 from peftjax.roles import Role
 from peftjax.switches import lock, with_key
 from peftjax.tree import combine, entries, labels, mask, partition
@@ -24,8 +25,8 @@ pytestmark = pytest.mark.third_party  # optax promotes dtypes
 
 def lora_on(w: Any, dropout: float = 0.0, axes: str = "io") -> LoRA:
     """A LoRA of rank 2 on a kernel of axes (s,) i, o."""
-    lead = w.shape[:-2]
-    a, b = (jnp.ones((*lead, *shape)) for shape in ((w.shape[-2], 2), (2, w.shape[-1])))
+    *lead, n_in, n_out = type_of(w).shape
+    a, b = (jnp.ones((*lead, *shape)) for shape in ((n_in, 2), (2, n_out)))
     return LoRA(base=w, a=a, b=b, scale=jnp.ones(lead), axes=axes, dropout=dropout)
 
 
@@ -137,6 +138,14 @@ def test_in_a_train_state():
         part(state)  # the loop is over the full tree, so the updates have to be too
 
 
+def test_with_gradients_of_integers():
+    tuned = {"k": full_on(jnp.ones(2)), "n": jnp.int32(2)}
+    tx = train_only(optax.sgd(1.0), tuned)
+    grads = jax.grad(lambda t: t["k"].value.sum() * t["n"], allow_int=True)(tuned)
+    after = optax.apply_updates(tuned, tx.update(grads, tx.init(tuned), tuned)[0])
+    assert after["k"].value[0] == -1 and after["n"] == 2 and after["n"].dtype == jnp.int32
+
+
 def test_in_an_nnx_state():
     tuned = nnx.State({"k": nnx.Param(lora_on(jnp.ones((3, 2)))), "c": nnx.Param(jnp.array(-0.0))})
     tx = train_only(optax.adamw(0.1), tuned)
@@ -246,8 +255,13 @@ def test_a_stack_along_another_axis():
     tuned = {"w": x, "v": jnp.ones((2, 2))}
     tx = layerwise(tuned, 1.0, 0.5, roles, optimizer=optax.sgd)
     np.testing.assert_allclose(-tx.update(grads_of(tuned), tx.init(tuned))[0]["w"].value[0, :, 0], [0.125, 0.25, 0.5])
-    with pytest.raises(ValueError, match="along which axis"):
-        layerwise({"w": full_on(jnp.ones((3, 3, 2))), "v": jnp.ones((2, 2))}, 1.0, 0.5, roles)
+    with pytest.raises(ValueError, match="serves 3 stacked layers at once"):
+        layerwise({"w": lora_on(jnp.ones((3, 3, 2)), axes="bio"), "v": jnp.ones((2, 2))}, 1.0, 0.5, roles)
+    nested = {"w": lora_on(lora_on(jnp.ones((3, 4, 2)), axes="sio"), axes="sio"), "v": jnp.ones((2, 2))}
+    tx = layerwise(nested, 1.0, 0.5, roles | {"w": linear(0, "sio")}, optimizer=optax.sgd)
+    np.testing.assert_allclose(
+        -tx.update(grads_of(nested), tx.init(nested))[0]["w"].base.b[:, 0, 0], [0.125, 0.25, 0.5]
+    )
 
 
 def test_layerwise_refuses():

@@ -230,7 +230,7 @@ def test_merge_lies_where_the_base_lay():
 
 def test_merge_refuses_by_path():
     shift = Shift(base=kernel(), net=jnp.ones(3), scale=jnp.ones(()))
-    with pytest.raises(ValueError, match=r"no weight can say what they do: q/k \(Shift\).*wrap\(fn\)"):
+    with pytest.raises(ValueError, match=r"no weight can say what these overlays do: q/k \(Shift\).*wrap\(fn\)"):
         merge({"q": {"k": shift, "v": lora_on(kernel())}})
     x = lora_on(kernel())
     with pytest.raises(ValueError, match="NaN or an infinity: v/b"):
@@ -347,6 +347,7 @@ def test_graft():
         graft(old, dict(shapes) | {"head": new["head"]}, replace="head|lm")["body"]["kernel"].value
         is old["body"]["kernel"]
     )
+    assert graft({"k": lora_on(kernel())}, {"k": kernel()})["k"].base is not None
     assert graft(state(kernel(1)), state(kernel(2)))["dense"]["kernel"].get_value() is not None
 
 
