@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from peftjax.attach import attach
-from peftjax.evaluate import Passed, explain, is_array
+from peftjax.evaluate import explain, is_array
+from peftjax.flat import extract, insert
 from peftjax.merging import merge
 from peftjax.method import Method
 from peftjax.overlay import is_overlay
-from peftjax.tree import combine, extract, insert, map_layers, partition, strip
+from peftjax.tree import combine, map_layers, partition, strip
 
 
 @dataclasses.dataclass(frozen=True)

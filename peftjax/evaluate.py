@@ -9,19 +9,21 @@ import jax
 import numpy as np
 from jax.extend import core as jex
 
-from peftjax import compat, regions, rules
+from peftjax import compat, hooks, regions, rules
 from peftjax.factored import Weight, dense, expand
-from peftjax.overlay import Overlay, is_overlay, type_of
+from peftjax.hooked import HOOKED, carried, inner, is_marked
+from peftjax.overlay import Output, Table, is_overlay, layers, type_of
 from peftjax.paths import flatten
 from peftjax.tree import resolve
 
 P = ParamSpec("P")
 R = TypeVar("R")
+LIVE = (Weight, *HOOKED)
 
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """What one equation did with one overlay: `how` is "acted" or "merged"."""
+    """What one equation did with one overlay: `how` is "acted", "merged", "left alone", "met the residual" or "unused"."""
 
     path: str
     overlay: str
@@ -31,33 +33,46 @@ class Event:
 
 
 class Evaluator:
-    """Evaluates jaxprs whose values may be operators, and notes where each acted or was merged."""
+    """Evaluates jaxprs whose values may be operators or carry overlays, and notes what each overlay did."""
 
     def __init__(self, names: dict[str, str]) -> None:
         self.names = names
         self.events: list[Event] = []
+        self.waiting: list[str] = []
+        self.stacks: list[str] = []
+        self.layer: dict[str, Any] = {}
 
     def run(self, closed: Any, args: Sequence[Any]) -> list[Any]:
-        """The outputs of a closed jaxpr; those that are operators come back as operators."""
+        """The outputs of a closed jaxpr; those that are more than arrays come back as what they are."""
         jaxpr = closed.jaxpr
         env: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts)) | dict(zip(jaxpr.invars, args))
         read = lambda v: v.val if isinstance(v, jex.Literal) else env[v]
         for eqn in jaxpr.eqns:
             operands = [read(v) for v in eqn.invars]
-            if not any(isinstance(x, Weight) for x in operands):
-                outs = compat.single(eqn, operands, jaxpr.debug_info)
-            else:
+            if any(isinstance(x, LIVE) for x in operands):
                 with compat.scope(eqn):
                     outs = self.step(eqn, operands, jaxpr.debug_info)
+            else:
+                outs = compat.single(eqn, operands, jaxpr.debug_info)
             env.update(zip(eqn.outvars, outs))
         return [read(v) for v in jaxpr.outvars]
 
     def step(self, eqn: Any, operands: Sequence[Any], debug_info: Any) -> Sequence[Any]:
-        """The outputs of one equation that has operators among its operands."""
+        """The outputs of one equation, some of whose operands are more than arrays."""
         region = regions.REGIONS.get(eqn.primitive.name)
         if region is not None:
-            return region(self, eqn, operands)
+            self.stacks.append(str(eqn.source_info.name_stack))
+            outs = region(self, eqn, operands)
+            self.stacks.pop()
+            return outs
+        plain = functools.partial(self.plain, eqn, debug_info)
+        return hooks.act(self, eqn, operands, plain) if is_marked(operands) else plain(operands)
+
+    def plain(self, eqn: Any, debug_info: Any, operands: Sequence[Any]) -> Sequence[Any]:
+        """The outputs of an equation on arrays and operators: by a rule, or with the operators merged."""
         run = lambda eqn, operands: compat.single(eqn, operands, debug_info)
+        if not any(isinstance(x, Weight) for x in operands):
+            return run(eqn, operands)
         outs = rules.act(eqn, operands, run)
         if outs is None:
             return run(eqn, [self.merged(x, eqn) for x in operands])
@@ -66,18 +81,58 @@ class Evaluator:
         return outs
 
     def merged(self, x: Any, eqn: Any = None) -> Any:
-        """The array that a value stands for; noted as a merge at this equation."""
+        """The array that a value stands for; merging an operator is noted, and an overlay of outputs refuses."""
+        x = inner(x)
+        if isinstance(x, HOOKED):
+            where = eqn.primitive.name if eqn is not None else "the function's output"
+            raise ValueError(f"the overlay at {x.path} reached {where} before it could act on its layer's output")
         if not isinstance(x, Weight):
             return x
+        x = x if eqn is None else x.only_for(eqn.primitive.name)
         if x.plain is None:
             self.note([x], eqn, "merged")
         return dense(x)
 
     def note(self, weights: Sequence[Weight], eqn: Any, how: str) -> None:
         """Remembers what an equation did with these operators."""
+        self.events += [self.event(w.path, how, eqn) for w in weights]
+
+    def event(self, path: str, how: str, eqn: Any, overlay: str | None = None) -> Event:
+        """What an equation (None: the function's output) did with the overlay at a path."""
         name = eqn.primitive.name if eqn is not None else "output"
-        stack = str(eqn.source_info.name_stack) if eqn is not None else ""
-        self.events += [Event(w.path, self.names[w.path], how, name, stack) for w in weights]
+        return Event(path, overlay or self.names[path], how, name, self.scope_of(eqn) if eqn is not None else "")
+
+    def scope_of(self, eqn: Any) -> str:
+        """The name stack of an equation, with those of the regions around it."""
+        return "/".join(filter(None, (*self.stacks, str(eqn.source_info.name_stack))))
+
+    def fire(self, path: str, owner: Any, eqn: Any) -> None:
+        """Remembers that an overlay of outputs or rows met its equation."""
+        self.events.append(self.event(path, "acted", eqn, type(owner).__name__))
+        if getattr(owner, "where", "output") == "residual":
+            self.waiting.append(path)
+
+    def met(self, path: str, eqn: Any) -> None:
+        """Remembers that a waiting output met its residual add."""
+        self.waiting.remove(path)
+        self.events.append(self.event(path, "met the residual", eqn))
+
+    def refuse_inner_gradient(self, eqn: Any, path: str) -> None:
+        """Overlays of outputs do not act in a derivative that the function itself takes."""
+        stack = self.scope_of(eqn)
+        if "jvp(" in stack or "transpose(" in stack:
+            raise ValueError(
+                f"the overlay at {path} lies inside a derivative that the function takes itself ({stack}): its equations "
+                "are those of the bare layer. Overlays of weights, such as lora, are exact there"
+            )
+
+    def finish(self, expected: Sequence[str]) -> None:
+        """Raises if an overlay of outputs or rows never acted."""
+        acted = {e.path for e in self.events}
+        if missed := [p for p in expected if p not in acted]:
+            raise ValueError(f"never reached by the model, so their overlays did nothing: {', '.join(missed)}")
+        if self.waiting:
+            raise ValueError(f"the outputs of {', '.join(self.waiting)} never met a residual add, which their overlays wait for")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,10 +247,15 @@ def _evaluate(fn: Any, call: Call, given: Sequence[Any]) -> tuple[Any, Evaluator
     closed, shape = jax.make_jaxpr(flat, return_shape=True)(*map(type_of, given))
     paths = [call.paths.get(k, f"argument {k}") for k in call.dynamic]
     evaluator = Evaluator({p: type(x).__name__ for p, x in zip(paths, given) if is_overlay(x)})
-    values = [expand(x, p) if is_overlay(x) else x for x, p in zip(given, paths)]
+    tails = [p for p, x in zip(paths, given) if any(isinstance(o, (Output, Table)) for o in layers(x))]
+    if tails:
+        values = [carried(x, p) if k in call.paths else x for k, x, p in zip(call.dynamic, given, paths)]
+    else:
+        values = [expand(x, p) if is_overlay(x) else x for x, p in zip(given, paths)]
     outs = evaluator.run(closed, values)
-    at = {id(v): k for k, v in enumerate(values) if isinstance(v, Weight)}
+    at = {id(v): k for k, v in enumerate(values) if isinstance(v, LIVE)}
     outs = [Passed(at[id(x)]) if id(x) in at else evaluator.merged(x) for x in outs]
+    evaluator.finish(tails)
     return jax.tree.unflatten(jax.tree.structure(shape), outs), evaluator
 
 

@@ -64,7 +64,7 @@ def _pissa(leaf: Leaf, rank: int, scale: float) -> Started:
     def factors(w: Any, key: Any) -> tuple[Any, Any]:
         u, s, v = jnp.linalg.svd(w, full_matrices=False)
         root = jnp.sqrt(s[:rank] / scale)
-        return u[:, :rank] * root, root[:, None] * v[:rank]
+        return u[:, :rank] * root[None], root[:, None] * v[:rank]
 
     return *_matrices(leaf, rank, factors), True
 

@@ -129,3 +129,34 @@ def short(x: Any) -> str:
     if x is None or not hasattr(x, "shape"):
         return "-"
     return f"{x.dtype}[{','.join(map(str, x.shape))}]"
+
+
+class Output(Overlay):
+    """Lets its base act, then changes what comes out.
+
+    On a kernel it fires at the kernel's contraction; on a bias (`kernel` names the bias's kernel), where the bias is
+    added to that kernel's output. With `where = "residual"` it waits there for the residual add. Its functions see
+    arrays with the layer's output features flattened into one last axis; what they return is cast to the base's dtype.
+    """
+
+    merges = False
+    kernel: str | None
+    where: str
+
+    def on_output(self, y: Any, site: Any) -> Any:
+        """The layer's output, of y's shape, from its base's output `y` (..., F)."""
+        raise NotImplementedError(f"{type(self).__name__}.on_output")
+
+    def on_residual(self, h: Any, r: Any, site: Any) -> Any:
+        """The residual stream after the layer, in the place of `h + r`, from its output h and the stream r (..., F)."""
+        raise NotImplementedError(f"{type(self).__name__}.on_residual")
+
+
+class Table(Overlay):
+    """Gives its base, a table of embeddings (vocabulary, D), more rows: ids from the vocabulary's size on read `rows()`."""
+
+    merges = False
+
+    def rows(self) -> Any:
+        """The extra rows, (n, D)."""
+        raise NotImplementedError(f"{type(self).__name__}.rows")

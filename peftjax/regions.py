@@ -3,12 +3,10 @@
 from typing import Any, Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.extend import core as jex
 
-from peftjax import compat
-from peftjax.factored import Factor, Term, Weight
+from peftjax import compat, stacked
 
 Region = Callable[[Any, Any, Sequence[Any]], Sequence[Any]]
 
@@ -63,7 +61,7 @@ def _constrained(body: Any, p: dict[str, Any]) -> Any:
         return body
 
     def constrained(*operands: Any) -> Any:
-        place = lambda x, s: x if compat.is_unspecified(s) or isinstance(x, Weight) else lax.with_sharding_constraint(x, s)
+        place = lambda x, s: x if compat.is_unspecified(s) or not isinstance(x, jax.Array) else lax.with_sharding_constraint(x, s)
         return body(*map(place, operands, p["in_shardings"]))
 
     constrained.__name__ = body.__name__
@@ -80,58 +78,27 @@ def _inline(self: Any, eqn: Any, operands: Sequence[Any]) -> Sequence[Any]:
 
 
 def _scan(self: Any, eqn: Any, operands: Sequence[Any]) -> Sequence[Any]:
-    p, inner = eqn.params, eqn.params["jaxpr"].jaxpr
+    p, body_of = eqn.params, eqn.params["jaxpr"].jaxpr
     n_consts, n_carry = compat.scan_sizes(p)
-    start, source = n_consts + n_carry, forwarded(inner)
+    start, source = n_consts + n_carry, forwarded(body_of)
     moving = [k for k in range(n_consts, start) if source[k - n_consts] != k]
     passed = {k: s for k, s in enumerate(source) if k >= n_carry and s is not None and s >= start}
     made = [k for k in range(n_carry, len(source)) if k not in passed]
-    xs = [_Stacked.of(self, eqn, x, v.aval) for x, v in zip(operands[start:], inner.invars[start:])]
+    arrays, rebuild = stacked.split(self, eqn, operands[start:], [v.aval for v in body_of.invars[start:]])
 
     def body(carry: Any, slices: Any) -> Any:
-        values = [*operands[:start], *(x.sliced(s) for x, s in zip(xs, slices))]
+        values = [*operands[:start], *rebuild(slices)]
         for k, value in zip(moving, carry):
             values[k] = value
         outs = self.run(p["jaxpr"], values)
         return [self.merged(outs[k - n_consts], eqn) for k in moving], [self.merged(outs[k], eqn) for k in made]
 
     init = [self.merged(operands[k], eqn) for k in moving]
-    arrays = [x.arrays for x in xs]
     carry, ys = lax.scan(body, init, arrays, length=p["length"], reverse=p["reverse"], unroll=p["unroll"])
     given = dict(enumerate(operands))
     ends = {**given, **dict(zip(moving, carry))}
-    stacked = {**{k: given[s] for k, s in passed.items()}, **dict(zip(made, ys))}
-    return [ends[k] for k in range(n_consts, start)] + [stacked[k] for k in range(n_carry, len(source))]
-
-
-class _Stacked:
-    """What a scan slices along its first dimension: an array, or the arrays of an operator that have that axis."""
-
-    def __init__(self, value: Any, kind: Any, atom: Any = None) -> None:
-        self.value, self.kind, self.atom = value, kind, atom
-        self.arrays = [self._moved(t) for t in value.terms] if atom else value
-
-    @classmethod
-    def of(cls, evaluator: Any, eqn: Any, value: Any, kind: Any) -> "_Stacked":
-        """The operand of a scan whose slices have this type."""
-        if isinstance(value, Weight) and len(value.layout.dims[0]) == 1:
-            return cls(value, kind, value.layout.dims[0][0])
-        return cls(evaluator.merged(value, eqn), kind)
-
-    def _moved(self, term: Term) -> Any:
-        first = lambda f: jnp.moveaxis(f.array, f.atoms.index(self.atom), 0) if f and self.atom in f.atoms else None
-        return term.dense, [first(f) for f in term.factors], first(term.key)
-
-    def sliced(self, arrays: Any) -> Any:
-        """The operand of one step."""
-        if self.atom is None:
-            return arrays
-        rest = lambda f, x: f if x is None else Factor(x, tuple(a for a in f.atoms if a != self.atom))
-        terms = tuple(
-            Term(dense, tuple(map(rest, t.factors, factors)), rest(t.key, key), t.uses, t.rate)
-            for t, (dense, factors, key) in zip(self.value.terms, arrays)
-        )
-        return Weight(terms, self.value.layout.having(self.value.layout.dims[1:]), self.kind, self.value.path)
+    series = {**{k: given[s] for k, s in passed.items()}, **dict(zip(made, ys))}
+    return [ends[k] for k in range(n_consts, start)] + [series[k] for k in range(n_carry, len(source))]
 
 
 def _cond(self: Any, eqn: Any, operands: Sequence[Any]) -> Sequence[Any]:

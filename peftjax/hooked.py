@@ -1,0 +1,175 @@
+"""What flows through a model whose tree holds output or table overlays: parameters, outputs, and outputs that wait."""
+
+import dataclasses
+from typing import Any, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from peftjax.factored import Factor, Weight, expand
+from peftjax.overlay import Output, Overlay, Table, layers
+from peftjax.views import Edit, Layout
+
+
+def node(*data: str) -> Any:
+    """Makes a dataclass a pytree node with these fields as children."""
+
+    def made(cls: Any) -> Any:
+        cls = dataclasses.dataclass(frozen=True)(cls)
+        meta = [f.name for f in dataclasses.fields(cls) if f.name not in data]
+        return jax.tree_util.register_dataclass(cls, data_fields=list(data), meta_fields=meta)
+
+    return made
+
+
+@node("value")
+class Param:
+    """A parameter (an array or an operator) seen through views; `path` is None where it is made of several."""
+
+    value: Any
+    path: str | None
+    layout: Layout
+
+
+@node("owner", "fields")
+class Carried:
+    """An output overlay on its way: its array fields apart, with their axes."""
+
+    owner: Output
+    fields: dict[str, Factor]
+
+    @classmethod
+    def of(cls, owner: Output) -> "Carried":
+        """The overlay with its fields taken out."""
+        fields = {n: Factor(getattr(owner, n), a) for n, a in owner.labels().items() if getattr(owner, n) is not None}
+        return cls(owner.replace(base=None, **dict.fromkeys(fields)), fields)
+
+    def edited(self, edits: Sequence[Edit], operands: Sequence[Any]) -> "Carried":
+        """The overlay after its leaf's axes moved."""
+        fields = self.fields
+        for edit in edits:
+            fields = {n: f.edited(edit, operands) for n, f in fields.items()}
+        return Carried(self.owner, fields)
+
+    def has(self, atom: Any) -> bool:
+        """Whether a field has this axis of the leaf."""
+        return any(atom in f.atoms for f in self.fields.values())
+
+
+@node("value", "owners")
+class Hook:
+    """A parameter with output overlays on it: they fire, in order, on what its layer puts out.
+
+    `cut` holds the axes that a view has cut or reversed, and that no field of the overlays followed.
+    """
+
+    value: Any
+    owners: tuple[Carried, ...]
+    path: str
+    layout: Layout
+    cut: tuple[Any, ...] = ()
+
+
+@node("value", "owner")
+class Rows:
+    """A table of embeddings with further rows, on its way to a lookup."""
+
+    value: Any
+    owner: Table
+    path: str
+    layout: Layout
+
+
+@node("value")
+class Made:
+    """The output of the kernel at `path`, as long as only views and casts have touched it.
+
+    `features` are the axes that the kernel's output axes became, `batch` those that it shares with its input (experts).
+    """
+
+    value: Any
+    path: str
+    features: tuple[int, ...]
+    batch: tuple[int, ...]
+
+
+@node("value", "owner")
+class Pending:
+    """A layer's output whose overlay waits for the residual add; `features` and `batch` as in `Made`."""
+
+    value: Any
+    owner: Carried
+    path: str
+    features: tuple[int, ...]
+    batch: tuple[tuple[int, Any], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """Where an output overlay fires: its leaf's path, the output's feature axes, the equation's name.
+
+    `batch` pairs the output's axes of experts with the leaf's: each expert has its own part of the overlay.
+    """
+
+    path: str
+    features: tuple[int, ...]
+    batch: tuple[tuple[int, Any], ...]
+    primitive: str
+    scope: str
+
+    def flat(self, y: Any) -> Any:
+        """y with its feature axes flattened into one last axis."""
+        rest = [k for k in range(y.ndim) if k not in self.features]
+        return lax.transpose(y, (*rest, *self.features)).reshape([y.shape[k] for k in rest] + [-1])
+
+    def back(self, flat: Any, like: Any) -> Any:
+        """The inverse of `flat`, in the dtype of the array it came from."""
+        rest = [k for k in range(like.ndim) if k not in self.features]
+        order = (*rest, *self.features)
+        y = flat.reshape([like.shape[k] for k in order])
+        return lax.transpose(y, [order.index(k) for k in range(like.ndim)]).astype(like.dtype)
+
+    def call(self, carried: Carried, name: str, *ys: Any) -> Any:
+        """The overlay's function of these outputs, each expert by itself."""
+        rest = [k for k in range(ys[0].ndim) if k not in self.features]
+        fields = {n: f.array for n, f in carried.fields.items()}
+        axes = {n: list(f.atoms) for n, f in carried.fields.items()}
+        run = lambda fields, *ys: getattr(carried.owner.replace(**fields), name)(*ys, self)
+        for position, atom in sorted(self.batch, reverse=True):
+            at = {n: a.index(atom) if atom in a else None for n, a in axes.items()}
+            where = rest.index(position)
+            run = jax.vmap(run, in_axes=(at, *(where for _ in ys)), out_axes=where)
+            axes = {n: [x for x in a if x != atom] for n, a in axes.items()}
+        return self.back(run(fields, *map(self.flat, ys)), ys[0])
+
+
+def carried(leaf: Any, path: str) -> Any:
+    """What a leaf of a tree with output or table overlays is while it flows through the model."""
+    found = tuple(layers(leaf)) if isinstance(leaf, Overlay) else ()
+    weights = [x for x in found if not isinstance(x, (Output, Table))]
+    value: Any = leaf.bottom if found else leaf
+    for x in reversed(weights):
+        value = x.replace(base=value)
+    value = expand(value, path) if weights else value
+    layout = Layout.of(jnp.shape(leaf.bottom if found else leaf))
+    outputs = tuple(Carried.of(x) for x in reversed(found) if isinstance(x, Output))
+    tables = [x.replace(base=None) for x in found if isinstance(x, Table)]
+    if len(tables) > 1 or (tables and outputs):
+        raise ValueError(f"{path} holds {', '.join(map(repr, found))}; a table takes one overlay of rows, and no other output")
+    if tables:
+        return Rows(value, tables[0], path, layout)
+    return Hook(value, outputs, path, layout) if outputs else Param(value, path, layout)
+
+
+HOOKED = (Param, Hook, Rows, Made, Pending)
+
+
+def inner(x: Any) -> Any:
+    """The value below a parameter's or an output's mark: an array or an operator."""
+    return x.value if isinstance(x, (Param, Made)) else x
+
+
+def is_marked(operands: Sequence[Any]) -> bool:
+    """Whether any operand is more than an array or an operator."""
+    return any(isinstance(x, HOOKED) for x in operands)
