@@ -53,6 +53,8 @@ def _powers(name: str, d: Derived, others: Sequence[Fixed]) -> Derived | None:
         return None
     if name.startswith("reduce_"):
         return dataclasses.replace(d, level="r")
+    if name in ("sub", *ADDS) and all(v.value == 0 for v in others):  # less a mean of zero
+        return d
     if name in POWERS or d.level == "e" and name in MULS:
         return dataclasses.replace(d, level="e")
     return None
