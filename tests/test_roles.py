@@ -10,6 +10,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from peftjax.methods.lora import LoRA, lora
 from peftjax.roles import Norm, Role, Roles, roles
 
 WEIGHTS = {"w1": zoo.shape(8, 8), "b1": zoo.shape(8), "w2": zoo.shape(8, 8), "b2": zoo.shape(8), "g": zoo.shape(8)}
@@ -76,7 +77,8 @@ def test_decoder():
     example = zoo.MODELS["decoder"].make()
     found = roles(example.fn, example.params, *example.args)
     assert found["embed/embedding"].uses == ("gather", "dot_general") and found["embed/embedding"].head
-    assert {p for p, r in found.items() if r.residual} == {f"layers_{i}/{n}/kernel" for i in (0, 1) for n in ("out", "down")}
+    residual = {f"layers_{i}/{n}/kernel" for i in (0, 1) for n in ("out", "down")}
+    assert {path for path, role in found.items() if role.residual} == residual
     assert not any(role.norm for role in found.values())
     assert {role.op for path, role in found.items() if "norm" in path} == {"scale"}
 
@@ -142,8 +144,9 @@ def test_what_may_stand_between_a_kernel_and_its_residual():
     assert read(lambda p, x, key: x + drop(mlp(p, x), key), X, key)["w2"].residual
     scaled = read(lambda p, x: x + (x @ p["w1"] + row(p["b1"])) * row(p["g"]))
     assert scaled["w1"].residual and scaled["g"].kernel == "w1" and scaled["b1"].kernel == "w1"
-    cast = read(lambda p, x: x + (x.reshape(-1, 8).astype(jnp.bfloat16) @ p["w1"].astype(jnp.bfloat16)).reshape(x.shape).astype(x.dtype))  # fmt: skip
-    assert cast["w1"].residual
+    half = lambda x: x.astype(jnp.bfloat16)
+    folded = lambda p, x: x + (half(x.reshape(-1, 8)) @ half(p["w1"])).reshape(x.shape).astype(x.dtype)
+    assert read(folded)["w1"].residual
 
 
 def test_what_is_no_residual():
@@ -261,6 +264,13 @@ def test_unused_static_and_abstract_leaves():
     fn = lambda p, x, scale, act: getattr(jax.nn, p["name"])(x @ p["w"]) * scale if act else x
     found = roles(fn, params, X, 2.0, act=True)
     assert set(found) == {"w", "unused"} and found["unused"] == Role("unused", "oo", 1)
+
+
+def test_a_tuned_tree_is_read_as_the_arrays_that_it_stands_for():
+    fn, params, *args = _example("post_norm_encoder")
+    plain = roles(fn, params, *args)
+    tuned = lora(rank=2).init(jax.random.key(0), params, plain)
+    assert isinstance(tuned["layers_0"]["up"]["kernel"], LoRA) and roles(fn, tuned, *args) == plain
 
 
 def test_errors_of_the_model_come_through():

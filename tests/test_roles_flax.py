@@ -47,7 +47,8 @@ def heads(found):
 
 
 def test_bert():
-    found = read("BertForSequenceClassification", "BertConfig", "input_ids", "attention_mask", inputs=(IDS, IDS), **SQUARE)
+    names = ("input_ids", "attention_mask")
+    found = read("BertForSequenceClassification", "BertConfig", *names, inputs=(IDS, IDS), **SQUARE)
     check_biases(found)
     layers = [f"bert/encoder/layer/{i}" for i in (0, 1)]
     assert {role.axes for role in of(found, "kernel").values()} == {"io"}
@@ -58,7 +59,7 @@ def test_bert():
     assert heads(found) == ["classifier/kernel"]
     tables = of(found, "_embeddings/embedding")
     assert len(tables) == 3 and {(r.op, r.axes, r.uses) for r in tables.values()} == {("embedding", "io", ("gather",))}
-    assert found["bert/encoder/layer/0/attention/self/query/kernel"].order < found[f"{layers[1]}/output/dense/bias"].order
+    assert found[f"{layers[0]}/attention/self/query/kernel"].order < found[f"{layers[1]}/output/dense/bias"].order
 
 
 def test_bert_with_its_table_as_head():
@@ -91,7 +92,7 @@ def test_llama():
 
 def test_t5(monkeypatch):
     clip = jnp.clip
-    older = lambda x, a_min=None, a_max=None: clip(x, min=a_min, max=a_max)  # what transformers calls, and JAX has dropped
+    older = lambda x, a_min=None, a_max=None: clip(x, min=a_min, max=a_max)  # names that JAX has dropped
     monkeypatch.setattr(jnp, "clip", older)
     sizes = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 2, "num_heads": 4, "vocab_size": 30}
     found = read("T5ForConditionalGeneration", "T5Config", "input_ids", "decoder_input_ids", inputs=(IDS, IDS), **sizes)
@@ -100,7 +101,8 @@ def test_t5(monkeypatch):
     assert not any(role.norm for role in found.values()) and heads(found) == ["shared/embedding"]
     assert found["shared/embedding"].uses == ("gather", "gather", "dot_general")
     assert {role.op for role in of(found, "relative_attention_bias/embedding").values()} == {"embedding"}
-    assert found["encoder/final_layer_norm/weight"].order < found["decoder/block/0/layer/1/EncDecAttention/k/kernel"].order
+    crossed = found["decoder/block/0/layer/1/EncDecAttention/k/kernel"]
+    assert found["encoder/final_layer_norm/weight"].order < crossed.order
 
 
 def test_bart():
@@ -124,7 +126,8 @@ def test_vit():
     check_biases(found)
     patches = found["vit/embeddings/patch_embeddings/projection/kernel"]
     assert (patches.op, patches.axes, patches.residual) == ("conv", "iiio", False)
-    assert found["vit/embeddings/cls_token"].op == "other" and found["vit/embeddings/position_embeddings"].kernel is None
+    assert found["vit/embeddings/cls_token"].op == "other"
+    assert found["vit/embeddings/position_embeddings"].kernel is None
     assert len(residual(found)) == 4 and not any(role.norm for role in found.values())
     assert heads(found) == ["classifier/kernel"]
 
