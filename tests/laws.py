@@ -1,0 +1,547 @@
+"""The laws: what every method has to keep on every model.
+
+    law_2("lora", "linen_dense")            # raises where the law is broken
+    python tests/laws.py [--write]          # the whole table, and its dated result in `laws_result.md`
+
+Errors are max|difference| / max|reference|, at most 1e-5 in float32 and 2e-2 in bfloat16, against a float32 oracle; the
+trained fields are moved away from where they start, and no scale is 1.
+"""
+
+from __future__ import annotations
+
+import conftest  # noqa: F401  (eight devices, and promotions that raise)
+
+import contextlib
+import dataclasses
+import functools
+import string
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import peftjax as pj
+import pytest
+from jax.extend.core import jaxpr_as_fun
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from peftjax.methods.lora import LoRA
+from peftjax.methods.unfreeze import Full
+from peftjax.overlay import is_overlay
+from peftjax.paths import flatten
+from peftjax.targets import choose
+from peftjax.tree import map_layers
+from zoo import MODELS, Model, arrays_only, paths
+
+KEY = jax.random.key(7)
+
+
+def jit(fn: Any, model: Model) -> Any:
+    """Jitted, by the older of two code generators of jax 0.10 on CPUs, which has no bfloat16 but takes a quarter of the time."""
+    old = jax.__version_info__ < (0, 11) and "bf16" not in model.tags
+    return jax.jit(fn, compiler_options={"xla_cpu_use_fusion_emitters": False} if old else {})
+
+
+# Methods: one row each
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row of the table.
+
+    Attributes:
+      make: the method for a model.
+      refuses: a regex of the error by which the method refuses a model, or None where it applies.
+      without: the laws that say nothing of this method.
+    """
+
+    make: Callable[[Model], pj.Method]
+    refuses: Callable[[Model], str | None] = lambda model: None
+    without: frozenset[int] = frozenset()
+
+
+def _lora(**options: Any) -> Row:
+    return Row(lambda m: pj.lora(**{"rank": 2, "alpha": 6, "targets": m.targets, **options}))
+
+
+def _no_bias(model: Model) -> str | None:
+    names = [path.rpartition("/")[2] for path, _ in paths(_example(model.name).params)]
+    return None if "bias" in names else "'.*bias' matches no leaf"
+
+
+def _integers(model: Model) -> str | None:
+    whole = [x for _, x in paths(_example(model.name).params) if not jnp.issubdtype(x.dtype, jnp.floating)]
+    return "integers do not train" if whole else None
+
+
+METHODS: dict[str, Row] = {
+    "lora": _lora(),
+    "rslora": _lora(rslora=True),
+    "lora_gaussian": _lora(init="gaussian"),
+    "lora_zero_a": _lora(init="zero_a"),
+    "pissa": _lora(init="pissa"),
+    "olora": _lora(init="olora"),
+    "lora_orthogonal": _lora(init="orthogonal"),
+    "lora_fa": _lora(train_a=False),
+    "lora_dropout": _lora(dropout=0.5),
+    "unfreeze": Row(lambda m: pj.unfreeze(m.targets)),
+    "bitfit": Row(lambda m: pj.bitfit(), refuses=_no_bias),
+    "lora_and_biases": Row(
+        lambda m: pj.chain(pj.lora(rank=2, alpha=6, targets=m.targets), pj.unfreeze(".*bias")), refuses=_no_bias
+    ),
+    "full": Row(lambda m: pj.full(), refuses=_integers),
+}
+
+
+# Oracles: the dense array that each overlay stands for, written from its formula and its letters alone
+
+
+def _dense_lora(x: LoRA, base: Any) -> Any:
+    w = string.ascii_lowercase[: len(x.axes)]
+    a, b = (_ranked(w, x.axes, letter) for letter in "oi")
+    stacked = "".join(k for k, letter in zip(w, x.axes) if letter in "sb")
+    product = lambda a_, b_: jnp.einsum(f"{a},{b},{stacked}->{w}", a_, b_, x.scale)
+    return base + product(x.a, x.b) - (0 if x.a0 is None else product(x.a0, x.b0))
+
+
+def _ranked(subscripts: str, axes: str, gone: str) -> str:
+    """The subscripts with those of one letter left out, and the rank where the first of them stood."""
+    first = axes.index(gone)
+    return "".join("R" if k == first else s for k, (s, x) in enumerate(zip(subscripts, axes)) if x != gone or k == first)
+
+
+def _dense_full(x: Full, base: Any) -> Any:
+    return x.scale * x.value + (1 - x.scale) * base
+
+
+ORACLES: dict[type, Callable[[Any, Any], Any]] = {LoRA: _dense_lora, Full: _dense_full}
+
+
+def oracle(tuned: Any) -> Any:
+    """The tree with dense float32 arrays in the place of overlays, and of everything narrower than float32."""
+    below = lambda x: ORACLES[type(x)](x, below(x.base)) if is_overlay(x) else widened(x)
+    return jax.tree.map(below, tuned, is_leaf=is_overlay)
+
+
+def widened(x: Any) -> Any:
+    """x, in float32 if it is a narrower float."""
+    return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 32 else x
+
+
+# One method on one model
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A method on a model: the tree as `init` makes it, the same tree moved, and functions that are compiled once."""
+
+    method: pj.Method
+    model: Model
+    fn: Any
+    apply: Any
+    params: Any
+    args: Any
+    roles: Any
+    fresh: Any
+    tuned: Any
+    step: Any  # step(trainable, frozen, *args): the floating outputs, and gradients of a loss of them; jitted
+    traces: list[None]  # one entry for each trace of `fn`
+
+    @property
+    def tolerance(self) -> float:
+        """The largest error that passes."""
+        return 2e-2 if "bf16" in self.model.tags else 1e-5
+
+    def run(self, tuned: Any, args: Any = None) -> tuple[list[Any], Any]:
+        """The outputs of a tree, and its gradients; None where the model has no reverse derivative."""
+        return self.step(*pj.partition(tuned), *(self.args if args is None else args))
+
+
+@functools.lru_cache(maxsize=None)
+def _example(model: str) -> Any:
+    return MODELS[model].make()
+
+
+@functools.lru_cache(maxsize=8)
+def _base(model: str) -> Any:
+    example = _example(model)
+    fn, args = arrays_only(example)
+    return fn, args, pj.roles(fn, example.params, *args), jit(lambda p, *a: outputs(MODELS[model], fn(p, *a)), MODELS[model])
+
+
+@functools.lru_cache(maxsize=4)
+def case(method: str, model: str) -> Case:
+    """The method on the model; the last few are kept, with their compiled functions."""
+    (fn, args, roles, _), row, params = _base(model), MODELS[model], _example(model).params
+    traces: list[None] = []
+
+    def counted(params: Any, *args: Any) -> Any:
+        traces.append(None)
+        return fn(params, *args)
+
+    made, apply = METHODS[method].make(row), pj.wrap(counted)
+    fresh = made.init(KEY, params, roles)
+    step = jit(stepping(row, lambda t, f, *args: apply(pj.combine(t, f), *args)), row)
+    return Case(made, row, fn, apply, params, args, roles, fresh, moved(fresh, 0), step, traces)
+
+
+def stepping(model: Model, apply: Any) -> Any:
+    """A function of `(trainable, *rest)` that returns the outputs of `apply`, and the gradients of a loss of them."""
+
+    def loss(trainable: Any, *rest: Any) -> Any:
+        found = outputs(model, apply(trainable, *rest))
+        return sum(jnp.sum(y.astype(jnp.float32) * noise(k, y)) for k, y in enumerate(found)), found
+
+    def step(*args: Any) -> Any:
+        if "forward_only" in model.tags:
+            return loss(*args)[1], None
+        grads, found = jax.grad(loss, has_aux=True)(*args)
+        return found, grads
+
+    return step
+
+
+def outputs(model: Model, out: Any) -> list[Any]:
+    """The floating outputs of a model, without the state it returns."""
+    found = jax.tree.leaves(out[0] if "state" in model.tags else out)
+    return [y for y in found if jnp.issubdtype(y.dtype, jnp.floating)]
+
+
+def noise(seed: int, like: Any) -> np.ndarray:
+    """Numbers of an array's shape, in float32."""
+    return np.random.default_rng(seed).standard_normal(like.shape).astype(np.float32)
+
+
+def moved(tuned: Any, seed: int) -> Any:
+    """The tree with its trained fields away from where they started."""
+    count = iter(range(1000 * seed, 1000 * (seed + 1)))
+    shift = lambda x: _placed(np.asarray(x) + np.float32(0.2) * noise(next(count), x), x.sharding)
+    fields = lambda x: {name: jax.tree.map(shift, getattr(x, name)) for name in x.trained_fields}
+    return map_layers(lambda _, x: x.replace(**fields(x)), tuned)
+
+
+def _placed(x: np.ndarray, sharding: Any) -> jax.Array:
+    return jax.device_put(x, sharding) if isinstance(sharding, NamedSharding) else jnp.asarray(x)
+
+
+def error(got: Any, want: Any, floor: float = 0.0) -> float:
+    """max|difference| / max|reference|; a reference that is all but zero counts as `floor`."""
+    got, want = (np.asarray(widened(jnp.asarray(x)), np.float64) for x in (got, want))
+    assert got.shape == want.shape, (got.shape, want.shape)
+    return float(np.abs(got - want).max() / max(np.abs(want).max(), floor, 1e-30)) if want.size else 0.0
+
+
+def close(got: Any, want: Any, tolerance: float, what: str) -> None:
+    """Raises where two trees of arrays differ; small arrays are measured against a tenth of the largest one."""
+    top = max((float(np.abs(np.asarray(widened(x), np.float64)).max()) for x in jax.tree.leaves(want) if x.size), default=0)
+    pairs = zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True)
+    wrong = [(jax.tree_util.keystr(where), error(x, y, top / 10)) for (where, x), y in pairs]
+    wrong = [(where, e) for where, e in wrong if not e <= tolerance]
+    assert not wrong, f"{what}: errors {wrong}, expected at most {tolerance}"
+
+
+def same(got: Any, want: Any, what: str) -> None:
+    """Raises where two trees differ in a bit."""
+    assert jax.tree.structure(got) == jax.tree.structure(want), what
+    for (where, x), y in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        assert _bytes(x) == _bytes(y), f"{what}: {jax.tree_util.keystr(where)} differs"
+
+
+def _bytes(x: Any) -> bytes:
+    is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(x) if is_key else x).tobytes()
+
+
+def whole(out: Any, tuned: Any) -> list[Any]:
+    """All floating outputs, state too; an overlay among them has to be one of the tree, the very same."""
+    known = {id(x) for _, x in flatten(tuned)}
+    found = jax.tree.leaves(out, is_leaf=is_overlay)
+    assert all(id(x) in known for x in found if is_overlay(x)), "an overlay came back as another one"
+    return [None if is_overlay(x) or not jnp.issubdtype(x.dtype, jnp.floating) else x for x in found]
+
+
+# The laws
+
+
+def law_1(method: str, model: str) -> None:
+    """A fresh overlay changes nothing: exactly, or nearly where the method says so."""
+    it, (_, _, _, plain) = case(method, model), _base(model)
+    close(it.run(it.fresh)[0], plain(it.params, *it.args), it.tolerance, "identity at init, jitted")
+    with jax.disable_jit():  # the base is traced first too, so that each of its operations is compiled once for both
+        flat, tree = jax.tree.flatten((it.params, it.args))
+        base = jaxpr_as_fun(jax.make_jaxpr(lambda *flat: it.fn(*_call(tree, flat)))(*flat))
+        got, want = whole(it.apply(it.fresh, *it.args), it.fresh), base(*flat)
+    pairs = [(x, y) for x, y in zip(got, want, strict=True) if x is not None]
+    if not it.method.identity_at_init:
+        close([x for x, _ in pairs], [y for _, y in pairs], it.tolerance, "identity at init")
+    for x, y in pairs if it.method.identity_at_init else ():
+        np.testing.assert_array_equal(x, y, err_msg="identity at init, exactly")
+
+
+def _call(tree: Any, flat: Any) -> Any:
+    params, args = jax.tree.unflatten(tree, flat)
+    return params, *args
+
+
+def law_2(method: str, model: str) -> None:
+    """The merged tree is the tuned one; an overlay that no array can stand for raises by name."""
+    it, (_, _, _, plain) = case(method, model), _base(model)
+    kept = [path for path, x in flatten(it.tuned) if is_overlay(x) and not getattr(x, "merges", True)]
+    if kept:
+        with pytest.raises(ValueError, match=kept[0]):
+            pj.merge(it.tuned)
+        return
+    merged = jit(pj.merge, it.model)(it.tuned)
+    close(it.run(it.tuned)[0], plain(merged, *it.args), it.tolerance, "merge")
+    for (path, x), (_, y) in zip(flatten(it.tuned), flatten(merged), strict=True):
+        assert y.dtype == pj.strip(x).dtype, path
+
+
+def law_3(method: str, model: str) -> None:
+    """Values, and the gradient of every trained field, are those of dense arrays written by hand."""
+    it = case(method, model)
+    with _usual_promotion():
+        dense = jit(stepping(it.model, lambda t, f, *args: it.fn(oracle(pj.combine(t, f)), *args)), it.model)
+        want, want_grads = dense(*pj.partition(it.tuned), *map(widened, it.args))
+    found, grads = it.run(it.tuned)
+    close(found, want, it.tolerance, "values")
+    close(grads, want_grads, it.tolerance, "gradients")
+
+
+def law_4(method: str, model: str) -> None:
+    """Stripping gives back the very buffers, which `init` left alone."""
+    it = case(method, model)
+    for tuned in (it.fresh, it.tuned):
+        bare = pj.strip(tuned)
+        assert jax.tree.structure(bare) == jax.tree.structure(it.params)
+        assert all(x is y for x, y in zip(jax.tree.leaves(bare), jax.tree.leaves(it.params), strict=True))
+    same(it.params, MODELS[model].make().params, "the pretrained tree after `init`")
+
+
+def law_5(method: str, model: str) -> None:
+    """Only trained fields move; what is frozen keeps every bit, negative zeros too, in either kind of loop."""
+    it = case(method, model)
+    trainable, frozen = pj.partition(_with_negative_zeros(it.tuned))
+    grads = it.step(trainable, frozen, *it.args)[1]
+    grads = jax.tree.map(_one, trainable) if grads is None else grads
+    adam = optax.adamw(1e-2, weight_decay=0.1)
+    tuned, everywhere = pj.combine(trainable, frozen), pj.combine(grads, jax.tree.map(_one, frozen))
+    with _usual_promotion():
+        after = jit(lambda t: _trained(adam, t, grads), it.model)(trainable)
+        tuned = jit(lambda t: _trained(pj.train_only(adam, tuned), t, everywhere), it.model)(tuned)
+    assert all(_bytes(x) != _bytes(y) for x, y in zip(jax.tree.leaves(after), jax.tree.leaves(trainable), strict=True))
+    same(pj.partition(tuned)[1], frozen, "what is frozen")
+    same(pj.partition(tuned)[0], after, "what trains, in the two kinds of loop")
+
+
+def _one(x: Any) -> Any:
+    return np.ones(x.shape, x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else np.zeros(x.shape, jax.dtypes.float0)
+
+
+def _trained(tx: optax.GradientTransformation, tree: Any, grads: Any, steps: int = 3) -> Any:
+    state = tx.init(tree)
+    for _ in range(steps):
+        updates, state = tx.update(grads, state, tree)
+        tree = optax.apply_updates(tree, updates)
+    return tree
+
+
+def _with_negative_zeros(tuned: Any) -> Any:
+    trainable, frozen = pj.partition(tuned)
+
+    def negative(x: Any) -> Any:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        return jnp.asarray(np.where(np.arange(x.size).reshape(x.shape) == 0, np.asarray(-0.0, x.dtype), x))
+
+    return pj.combine(trainable, jax.tree.map(negative, frozen))
+
+
+def law_6(method: str, model: str) -> None:
+    """One trace serves new values, scales and adapters; the gradient of the jitted function is the jitted gradient."""
+    it = case(method, model)
+    trees = [it.tuned, pj.scale(it.tuned, 0.5), pj.disable(it.tuned), pj.insert(it.tuned, pj.extract(moved(it.tuned, 2)))]
+    found = it.run(trees[0])[0]
+    before = len(it.traces)
+    others = [it.run(tuned)[0] for tuned in trees[1:]]
+    assert len(it.traces) == before, f"{len(it.traces) - before} traces more, expected none"
+    assert all(any((np.asarray(x) != y).any() for x, y in zip(found, other, strict=True)) for other in others)
+    jitted = jax.jit(it.apply)
+    outside = stepping(it.model, lambda t, f: jitted(pj.combine(t, f), *it.args))
+    close(outside(*pj.partition(it.tuned))[1], it.run(it.tuned)[1], it.tolerance, "jit(grad) and grad(jit)")
+
+
+def law_7(method: str, model: str) -> None:
+    """The flat form and the saved form give the tree back, and take no other."""
+    it = case(method, model)
+    flat = pj.extract(it.tuned)
+    same(pj.insert(it.fresh, flat), it.tuned, "extract and insert")
+    first = next(iter(flat))
+    faults = {
+        "missing": {k: x for k, x in flat.items() if k != first},
+        "unknown": flat | {"no/such": flat[first]},
+        "shape": flat | {first: np.asarray(flat[first])[None]},
+        "dtype": flat | {first: np.float16(flat[first])},
+        "not finite": flat | {first: np.asarray(flat[first]) * np.float32("nan")},
+    }
+    for fault, wrong in faults.items():
+        with pytest.raises(ValueError, match=f"{fault}: {'no/such' if fault == 'unknown' else first}"):
+            pj.insert(it.tuned, wrong)
+    with tempfile.TemporaryDirectory() as folder:
+        pj.save(f"{folder}/adapter", it.tuned, it.method, it.roles)
+        same(pj.load(f"{folder}/adapter", it.params), it.tuned, "save and load")
+        other = jax.tree.map(lambda x: -np.asarray(x) if jnp.issubdtype(x.dtype, jnp.floating) else x, it.params)
+        with pytest.raises(ValueError, match="other values"):
+            pj.load(f"{folder}/adapter", other)
+
+
+def law_8(method: str, model: str) -> None:
+    """Chains may be grouped either way; stacked overlays add up."""
+    it, (_, _, _, plain) = case(method, model), _base(model)
+    kernels = tuple(choose(it.model.targets, it.params, it.roles, kernels=True))
+    second, third = (pj.lora(rank=1, alpha=alpha, targets=kernels) for alpha in (2, 3))
+    left = pj.chain(pj.chain(it.method, second), third).init(KEY, it.params, it.roles)
+    right = pj.chain(it.method, pj.chain(second, third)).init(KEY, it.params, it.roles)
+    same(left, right, "chain")
+    tuned = moved(left, 3)
+    with _usual_promotion():
+        want = plain(jit(oracle, it.model)(tuned), *map(widened, it.args))
+    got = jit(it.apply, it.model)(tuned, *it.args)
+    close(outputs(it.model, got), want, it.tolerance, "three overlays on a leaf")
+
+
+def law_9(method: str, model: str) -> None:
+    """`jax.vmap` over adapters, each with its own examples and one base for all, equals one run each."""
+    it = case(method, model)
+    trees = [moved(it.fresh, seed) for seed in (4, 5, 6)]
+    parts = [pj.partition(tuned)[0] for tuned in trees]
+    frozen = pj.partition(it.tuned)[1]
+    varies = [jnp.issubdtype(x.dtype, jnp.floating) for x in it.args]
+    examples = [[x * jnp.asarray(k, x.dtype) if v else x for x, v in zip(it.args, varies)] for k in (1, -1, 0.5)]
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *parts)
+    batch = [jnp.stack(xs) if v else xs[0] for v, *xs in zip(varies, *examples)]
+    run = lambda t, *args: outputs(it.model, it.apply(pj.combine(t, frozen), *args))
+    got = jit(jax.vmap(run, in_axes=(0, *(0 if v else None for v in varies))), it.model)(stacked, *batch)
+    for k, (tuned, args) in enumerate(zip(trees, examples)):
+        close([y[k] for y in got], it.run(tuned, args)[0], it.tolerance, f"adapter {k}")
+
+
+def law_10(method: str, model: str) -> None:
+    """On eight devices as on one, and every field lies where the base's axes say."""
+    it = case(method, model)
+    for axis_type in (AxisType.Auto, AxisType.Explicit) if model in EXPLICIT else (AxisType.Auto,):
+        mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(axis_type,) * 2)
+        where = _explicit_spec if axis_type == AxisType.Explicit else _auto_spec
+        put = lambda path, x: jax.device_put(x, NamedSharding(mesh, where(model, path, x)))
+        params = jax.tree.unflatten(jax.tree.structure(it.params), [put(path, x) for path, x in flatten(it.params)])
+        args = [jax.device_put(x, NamedSharding(mesh, _batch_spec(x))) for x in it.args]
+        with _mesh(mesh, axis_type):
+            tuned = moved(it.method.init(KEY, params, it.roles), 0)
+            _fields_lie_as_the_base(tuned)
+            got = it.run(tuned, args)
+        close(got, it.run(it.tuned), it.tolerance, f"sharded, {axis_type}")
+
+
+EXPLICIT: Mapping[str, Mapping[str, PartitionSpec]] = {
+    "linen_dense": {},
+    "linen_mlp": {"layers_0/kernel": PartitionSpec(None, "model"), "layers_0/bias": PartitionSpec("model")},
+    "used_twice": {},
+    "transposed_kernel": {"w1": PartitionSpec("model", None)},
+    "plain_recurrence": {},
+}
+
+
+@contextlib.contextmanager
+def _mesh(mesh: Mesh, axis_type: Any) -> Iterator[None]:
+    with jax.set_mesh(mesh) if axis_type == AxisType.Explicit else contextlib.nullcontext():
+        yield
+
+
+def _auto_spec(model: str, path: str, x: Any) -> PartitionSpec:
+    """The last axis that four divides over "model", the first other that two divides over "data"."""
+    entries: list[Any] = [None] * x.ndim
+    model_axis = next((k for k in reversed(range(x.ndim)) if x.shape[k] % 4 == 0), None)
+    data_axis = next((k for k in range(x.ndim) if x.shape[k] % 2 == 0 and k != model_axis), None)
+    for k, name in ((model_axis, "model"), (data_axis, "data")):
+        if k is not None and not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            entries[k] = name
+    return PartitionSpec(*entries)
+
+
+def _explicit_spec(model: str, path: str, x: Any) -> PartitionSpec:
+    return EXPLICIT[model].get(path, PartitionSpec())
+
+
+def _batch_spec(x: Any) -> PartitionSpec:
+    return PartitionSpec("data") if x.ndim and x.shape[0] % 2 == 0 else PartitionSpec()
+
+
+def _fields_lie_as_the_base(tuned: Any) -> None:
+    for path, x in flatten(tuned):
+        if not is_overlay(x):
+            continue
+        spec = (*x.bottom.sharding.spec, *(None,) * x.bottom.ndim)
+        for name, axes in x.labels().items():
+            for array in jax.tree.leaves(getattr(x, name)):
+                want = tuple(spec[a[0]] if isinstance(a, tuple) else None for a in axes)
+                found = (*array.sharding.spec, *(None,) * array.ndim)[: array.ndim]
+                assert found == want, f"{path}/{name} lies over {found}, expected {want}"
+
+
+def law_11(method: str, model: str) -> None:
+    """A model that was not wrapped says so; what has diverged does not merge."""
+    it = case(method, model)
+    splits = {"scan", "shard_map"} & it.model.tags  # there, JAX itself first takes an overlay apart
+    with pytest.raises(Exception, match="" if splits else "wrap"):
+        it.fn(it.tuned, *it.args)
+    first = next(iter(pj.extract(it.tuned)))
+    with pytest.raises(ValueError, match=f"NaN.*{first}"):
+        pj.merge(_with_nan(it.tuned))
+
+
+def _with_nan(tuned: Any) -> Any:
+    trainable, frozen = pj.partition(tuned)
+    return pj.combine(jax.tree.map(lambda x: jnp.asarray(np.full(x.shape, np.nan, x.dtype)), trainable), frozen)
+
+
+LAWS: dict[int, Callable[[str, str], None]] = {n: globals()[f"law_{n}"] for n in range(1, 12)}
+
+# What a law cannot be asked of: ordered prints, in a batch or on several devices, and a program that picks its devices.
+OUT_OF_SCOPE: dict[int, frozenset[str]] = {9: frozenset({"effects"}), 10: frozenset({"effects", "shard_map"})}
+
+# Models that JAX itself cannot batch or shard: a ragged product has no rule for a batch of examples, and XLA's partitioner
+# multiplies the gradient of a grouped convolution's kernel, where the examples are split over one axis of a mesh, by the
+# size of the other, or stops the process.
+BEYOND_JAX: dict[int, frozenset[str]] = {
+    9: frozenset({"ragged_experts"}),
+    10: frozenset({"linen_conv_grouped", "linen_vmap_conv"}),
+}
+
+
+def applies(law: int, method: str, model: str) -> bool:
+    """Whether a law says anything of a method on a model."""
+    said = not OUT_OF_SCOPE.get(law, frozenset()) & MODELS[model].tags and model not in BEYOND_JAX.get(law, ())
+    return said and law not in METHODS[method].without
+
+
+def refusal(method: str, model: str) -> str | None:
+    """The error by which a method refuses a model, or None."""
+    return METHODS[method].refuses(MODELS[model])
+
+
+def cover() -> list[tuple[str, str]]:
+    """Pairs of a method and a model that hold every model once, and every method about as often as any other."""
+    pairs, uses = [], dict.fromkeys(METHODS, 0)
+    for model in MODELS:
+        method = min((m for m in METHODS if refusal(m, model) is None), key=uses.__getitem__)
+        uses[method] += 1
+        pairs.append((method, model))
+    return pairs
+
+
+@contextlib.contextmanager
+def _usual_promotion() -> Iterator[None]:
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
