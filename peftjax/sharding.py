@@ -108,7 +108,8 @@ def placed(overlay: Any) -> Any:
     mesh, entries, move = found
     put = lambda spec, x: move(x, NamedSharding(mesh, spec))
     wanted = _fields(overlay, entries, "", mesh, [])
-    return overlay.replace(**{n: jax.tree.map(put, s, getattr(overlay, n), is_leaf=_is_spec) for n, s in wanted.items()})
+    moved = lambda name: jax.tree.map(put, wanted[name], getattr(overlay, name), is_leaf=_is_spec)
+    return overlay.replace(**{name: moved(name) for name in wanted})
 
 
 def _layout(bottom: Any) -> Any:
@@ -134,10 +135,11 @@ def _fields(x: Overlay, entries: tuple[Any, ...], path: str, mesh: Any, misfits:
     """The partition of each of an overlay's own arrays, by the name of the field."""
     labels = x.labels()
 
-    def spec(name: str) -> Any:
-        return jax.tree.map(lambda y: _field(f"{path}/{name}", y, labels.get(name), entries, mesh, misfits), getattr(x, name))
+    def specs_of(name: str) -> Any:
+        spec = lambda y: _field(f"{path}/{name}", y, labels.get(name), entries, mesh, misfits)
+        return jax.tree.map(spec, getattr(x, name))
 
-    return {name: spec(name) for name, kind in x.kinds.items() if kind != "static" and name != "base"}
+    return {name: specs_of(name) for name, kind in x.kinds.items() if kind != "static" and name != "base"}
 
 
 def _field(where: str, x: Any, axes: Any, entries: tuple[Any, ...], mesh: Any, misfits: list[_Misfit]) -> PartitionSpec:
