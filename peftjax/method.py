@@ -149,6 +149,7 @@ def per_leaf(
     exclude: Targets = (),
     identity_at_init: bool = True,
     patterns: Sequence[str] = (),
+    kernels: bool = False,
 ) -> Method:
     """A method that puts `make(leaf)` in the place of every chosen leaf.
 
@@ -157,12 +158,13 @@ def per_leaf(
       targets, exclude: which leaves, as `peftjax.targets.choose` reads them.
       identity_at_init: whether the overlays change nothing before training, exactly.
       patterns: further patterns over the chosen paths, each of which has to match one.
+      kernels: whether only kernels are wanted: a module's name then stands for its kernel.
     """
 
     def start(key: jax.Array, params: Any, roles: Roles | None) -> Any:
         named = flatten(params)
         taken = [path for path, x in named if any(o.trained_fields for o in layers(x))]
-        chosen = set(choose(targets, params, roles, exclude=exclude, taken=taken))
+        chosen = set(choose(targets, params, roles, exclude=exclude, taken=taken, kernels=kernels))
         check_patterns(patterns, [path for path, _ in named if path in chosen])
 
         def placed(key_path: Any, value: Any) -> Any:

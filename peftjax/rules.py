@@ -12,6 +12,7 @@ from jax import lax
 
 from peftjax import compat
 from peftjax.factored import Factor, Term, Weight, chain, dense, pair
+from peftjax.folding import can_fold, folded
 from peftjax.views import Split, follow, only
 
 Run = Callable[[Any, Sequence[Any]], list[Any]]
@@ -63,14 +64,14 @@ def _dropped(x: Any, term: Term) -> Any:
     return jnp.where(keep, x / jnp.asarray(1 - term.rate, x.dtype), jnp.zeros((), x.dtype))
 
 
-def _sum(eqn: Any, y: Any, deltas: Sequence[Any]) -> list[Any]:
+def _sum(eqn: Any, y: Any, deltas: Sequence[Any]) -> Any:
     """The plain output and what the products add, summed among themselves first: opposite products cancel exactly."""
     kind = eqn.outvars[0].aval
     if not deltas:
-        return [y]
+        return y
     delta = functools.reduce(operator.add, deltas)
     delta = compat.like(delta.reshape(kind.shape).astype(kind.dtype), kind)
-    return [delta if y is None else y + delta]
+    return delta if y is None else y + delta
 
 
 def _split_terms(w: Weight, primitive: str, plain: Callable[[Any], Any], product: Callable[[Term], Any]) -> Any:
@@ -86,27 +87,38 @@ def _split_terms(w: Weight, primitive: str, plain: Callable[[Any], Any], product
 
 def _dot(eqn: Any, operands: Sequence[Any], run: Run) -> list[Any] | None:
     side = 1 if isinstance(operands[1], Weight) else 0
-    w, x = operands[side], operands[1 - side]
+    w, x = operands[side].only_for("dot_general"), operands[1 - side]
     x = dense(x) if isinstance(x, Weight) else x
-    (contract, batch) = ([d[side], d[1 - side]] for d in eqn.params["dimension_numbers"])
+    flat, out, sizes = _dot_labels(eqn, w, x, side)
+
+    def plain(x: Any, array: Any) -> Any:
+        return run(eqn, [x, array] if side else [array, x])[0]
+
+    def outputs(x: Any, w: Weight) -> Any:
+        def product(term: Term) -> Any:
+            dropped = Factor(_dropped(x, term).reshape([sizes[a] for a in flat]), flat)
+            return chain(dropped, _factors(term, w), out, sizes, eqn.params["precision"])
+
+        return _sum(eqn, *_split_terms(w, "dot_general", functools.partial(plain, x), product))
+
+    contracted, batch = (d[1 - side] for d in eqn.params["dimension_numbers"])
+    read = math.prod(x.shape[k] for k in contracted)
+    rows = math.prod(n for k, n in enumerate(x.shape) if k not in (*contracted, *batch))
+    return [folded(x, w, plain, outputs)] if rows >= read and can_fold(w, x) else [outputs(x, w)]
+
+
+def _dot_labels(eqn: Any, w: Weight, x: Any, side: int) -> tuple[tuple[Any, ...], tuple[Any, ...], dict[Any, int]]:
+    """The axes of the activation and of the output, in the operator's atoms and the activation's own; their sizes."""
+    contract, batch = ([d[side], d[1 - side]] for d in eqn.params["dimension_numbers"])
     labels: list[tuple[Any, ...]] = [(("x", k),) for k in range(x.ndim)]
     for mine, others in (contract, batch):
         for k, j in zip(mine, others):
             labels[j] = w.layout.dims[k]
-    sizes = {**{("x", k): n for k, n in enumerate(x.shape)}, **dict(w.layout.sizes)}
-    flat = tuple(a for dim in labels for a in dim)
     free = [a for k, dim in enumerate(w.layout.dims) if k not in (*contract[0], *batch[0]) for a in dim]
     kept = [a for j, dim in enumerate(labels) if j not in (*contract[1], *batch[1]) for a in dim]
     out = (*(a for k in batch[0] for a in w.layout.dims[k]), *(kept + free if side else free + kept))
-
-    def product(term: Term) -> Any:
-        dropped = Factor(_dropped(x, term).reshape([sizes[a] for a in flat]), flat)
-        return chain(dropped, _factors(term, w), out, sizes, eqn.params["precision"])
-
-    def plain(array: Any) -> Any:
-        return run(eqn, [x, array] if side else [array, x])[0]
-
-    return _sum(eqn, *_split_terms(w, "dot_general", plain, product))
+    sizes = {**{("x", k): n for k, n in enumerate(x.shape)}, **dict(w.layout.sizes)}
+    return tuple(a for dim in labels for a in dim), out, sizes
 
 
 def _factors(term: Term, w: Weight) -> tuple[Factor, ...]:
@@ -125,7 +137,7 @@ def _conv(eqn: Any, operands: Sequence[Any], run: Run) -> list[Any] | None:
     if any(make is None for make in products):
         return None
     base, _ = _split_terms(w, "conv_general_dilated", lambda array: run(eqn, [x, array])[0], lambda t: None)
-    return _sum(eqn, base, [make() for make in products])
+    return [_sum(eqn, base, [make() for make in products])]
 
 
 def _conv_term(term: Term, w: Weight, x: Any, p: dict[str, Any]) -> Callable[[], Any] | None:
@@ -200,7 +212,7 @@ def _gather(eqn: Any, operands: Sequence[Any], run: Run) -> list[Any] | None:
         factors.sort(key=lambda f: ("n", 0) not in f.atoms)
         return chain(factors[0], factors[1:], out, sizes)
 
-    return _sum(eqn, *_split_terms(w, "gather", lambda array: run(eqn, [array, ids])[0], product))
+    return [_sum(eqn, *_split_terms(w, "gather", lambda array: run(eqn, [array, ids])[0], product))]
 
 
 def _gathered(f: Factor, ids: Any, indexed: dict[Any, int], rows: dict[Any, int], params: dict[str, Any]) -> Factor:
@@ -247,7 +259,7 @@ def _ragged(eqn: Any, operands: Sequence[Any], run: Run) -> list[Any] | None:
             have = _ragged_pair(have, f, group, counts, eqn.params["precision"])
         return chain(have, (), ("rows", *w.layout.dims[write]), dict(w.layout.sizes))
 
-    return _sum(eqn, *_split_terms(w, "ragged_dot", lambda array: run(eqn, [x, array, counts])[0], product))
+    return [_sum(eqn, *_split_terms(w, "ragged_dot", lambda array: run(eqn, [x, array, counts])[0], product))]
 
 
 def _ordered(factors: Sequence[Factor], x: Factor, group: Any) -> list[Factor]:

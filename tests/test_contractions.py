@@ -18,13 +18,16 @@ from peftjax.methods.lora import LoRA
 
 
 
+FEW = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
+
+
 def examples(count, strategy, parts=1):
     """Checks this many examples of a strategy, the same every time, in parts that can run side by side."""
 
     def decorate(check):
         @pytest.mark.parametrize("part", range(parts))
         def test(part):
-            few = settings(deadline=None, database=None, max_examples=count // parts, suppress_health_check=list(HealthCheck))
+            few = settings(FEW, max_examples=count // parts)
             seed(part)(few(given(strategy())(lambda spec: check(*spec))))()
 
         return test
@@ -39,10 +42,14 @@ def leaf(shape, letters, seed=0):
     """A LoRA on an array of this shape, nothing in it zero."""
     rng = np.random.default_rng(seed)
     numbers = lambda *dims: np.asarray(rng.standard_normal(dims), np.float32)
-    size = lambda gone: [2 if k == letters.index(gone) else shape[k] for k in range(len(shape))
-                         if letters[k] != gone or k == letters.index(gone)]
-    stacked = [n for n, letter in zip(shape, letters) if letter in "sb"]
-    return LoRA(base=numbers(*shape), a=numbers(*size("o")), b=numbers(*size("i")), scale=np.float32(1.5) + numbers(*stacked), axes=letters)
+    a, b = (list(shape), list(shape))
+    for sizes, gone in ((a, "o"), (b, "i")):
+        sizes[letters.index(gone)] = 2
+        for k in reversed(range(letters.index(gone) + 1, len(shape))):
+            if letters[k] == gone:
+                del sizes[k]
+    scale = np.float32(1.5) + numbers(*(n for n, letter in zip(shape, letters) if letter in "sb"))
+    return LoRA(base=numbers(*shape), a=numbers(*a), b=numbers(*b), scale=scale, axes=letters)
 
 
 @st.composite
@@ -106,7 +113,8 @@ def _reshaped(name, parts):
 def _uneven(draw, parts):
     size = math.prod(n for dim in parts for n in dim)
     first = draw(st.sampled_from([n for n in range(1, size + 1) if size % n == 0]))
-    return View(f"reshape{[first, size // first]}", lambda w: w.reshape(first, -1), even=False), [(first,), (size // first,)]
+    new = [(first,), (size // first,)]
+    return View(f"reshape{[first, size // first]}", lambda w: w.reshape(first, -1), even=False), new
 
 
 def _slice(draw, parts):
@@ -115,8 +123,8 @@ def _slice(draw, parts):
     start = draw(st.integers(0, size - 1))
     limit, stride = draw(st.integers(start + 1, size)), draw(st.integers(1, 2))
     fn = lambda w: lax.slice_in_dim(w, start, limit, stride, k)
-    whole = sum(n > 1 for n in parts[k]) < 2
-    return View(f"slice({start}:{limit}:{stride}, axis {k})", fn, whole), _sized(parts, k, -(-(limit - start) // stride))
+    whole, left = sum(n > 1 for n in parts[k]) < 2, -(-(limit - start) // stride)
+    return View(f"slice({start}:{limit}:{stride}, axis {k})", fn, whole), _sized(parts, k, left)
 
 
 def _dynamic(draw, parts):
@@ -125,7 +133,8 @@ def _dynamic(draw, parts):
     length, start = draw(st.integers(1, size)), draw(st.integers(0, size))
     fn = lambda w: lax.dynamic_slice_in_dim(w, jnp.int32(start), length, k)
     whole = sum(n > 1 for n in parts[k]) < 2 or length == size
-    return View(f"dynamic({start}, {length}, axis {k})", fn, whole), _sized(parts, k, length) if length < size else parts
+    new = _sized(parts, k, length) if length < size else parts
+    return View(f"dynamic({start}, {length}, axis {k})", fn, whole), new
 
 
 def _sized(parts, k, size):
@@ -224,7 +233,8 @@ def products(draw):
     w, through, shape = draw(leaves())
     roles = [draw(st.sampled_from(("contract", "batch", "free"))) for _ in shape]
     own = draw(st.lists(st.integers(1, 3), max_size=2))
-    labels = draw(st.permutations([k for k, role in enumerate(roles) if role != "free"] + [-1 - j for j in range(len(own))]))
+    mine = [k for k, role in enumerate(roles) if role != "free"]
+    labels = draw(st.permutations(mine + [-1 - j for j in range(len(own))]))
     x = numbers(*(shape[k] if k >= 0 else own[-1 - k] for k in labels))
     numbered = lambda role: [k for k, found in enumerate(roles) if found == role]
     mine = [draw(st.permutations(numbered(role))) for role in ("contract", "batch")]
@@ -251,9 +261,9 @@ def einsums(draw):
     roles = [draw(st.sampled_from(("contract", "batch", "free"))) for _ in mine]
     own = "".join(draw(st.lists(st.sampled_from("XYZ"), max_size=2, unique=True)))
     sizes |= {letter: draw(st.integers(1, 3)) for letter in own}
-    x = "".join(draw(st.permutations([k for k, role in zip(mine, roles) if role != "free"] + list(own))))
-    gone = own[: draw(st.integers(0, len(own)))]
-    out = "".join(draw(st.permutations([k for k, role in zip(mine, roles) if role != "contract"] + list(own[len(gone) :]))))
+    without = lambda gone: [k for k, role in zip(mine, roles) if role != gone]
+    x = "".join(draw(st.permutations(without("free") + list(own))))
+    out = "".join(draw(st.permutations(without("contract") + list(own[draw(st.integers(0, len(own))) :]))))
     left = draw(st.booleans())
     return w, through, numbers(*(sizes[k] for k in x)), f"{mine},{x}->{out}" if left else f"{x},{mine}->{out}", left
 

@@ -136,7 +136,6 @@ def test_what_is_no_view():
     assert follow("reshape", {"new_sizes": (6,), "dimensions": (1, 0)}, Layout.of((2, 3))) is None
 
 
-@pytest.mark.xfail(strict=True, reason="`views.broadcast` numbers repetitions by how many atoms there are now")
 def test_repetitions_are_told_apart():
     tile = lambda layout, *shape: follow("broadcast_in_dim", {"shape": shape, "broadcast_dimensions": (1, 2)}, layout)
     (tiled, _), *_ = tile(Layout.of((1, 3)), 2, 1, 3)

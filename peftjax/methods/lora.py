@@ -147,6 +147,7 @@ def lora(
         exclude,
         identity_at_init=init != "orthogonal",
         patterns=(*ranks, *alphas),
+        kernels=True,
     )
 
 
