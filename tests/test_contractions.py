@@ -64,7 +64,7 @@ def lettered(draw, ndim):
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """A view of an array: what it does, and whether it keeps axes whole or cuts them evenly, so that no merge is due."""
+    """A view of an array, and whether it keeps axes whole or cuts them evenly, so that no merge is due."""
 
     name: str
     fn: object = dataclasses.field(repr=False)
