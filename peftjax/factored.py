@@ -1,7 +1,9 @@
 """An operator as a sum of products: `W = sum_t dense_t * factor_t1 * factor_t2 ...`, over named axes."""
 
 import dataclasses
+import functools
 import math
+import operator
 from functools import partial
 from typing import Any, NamedTuple, Sequence
 
@@ -107,11 +109,11 @@ def dense(weight: Weight) -> Any:
     """The operator as one array of its logical type."""
     if (plain := weight.plain) is not None:
         return plain
-    total: Any = None
-    for term in weight.terms:
-        value = _dense_term(term, weight.layout)
-        total = value if total is None else total + value
-    return total.astype(weight.type.dtype)
+    plain = [t.dense.astype(wide_dtype(t.dense.dtype)) for t in weight.terms if t.dense is not None and not t.factors]
+    changes = [_dense_term(t, weight.layout) for t in weight.terms if t.dense is None or t.factors]
+    # Changes are summed among themselves first: opposite ones cancel exactly.
+    parts = [*plain, functools.reduce(operator.add, changes)] if changes else plain
+    return functools.reduce(operator.add, parts).astype(weight.type.dtype)
 
 
 def _dense_term(term: Term, layout: Layout) -> Any:
@@ -178,44 +180,53 @@ def pair(x: Factor, w: Factor, keep: set[Any], precision: Any = None) -> Factor:
         *(a for a in x.atoms if a not in shared),
         *(a for a in w.atoms if a not in shared),
     )
-    return Factor(product(x.array, w.array, How(x.atoms, w.atoms, out, precision), w.array.dtype), out)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def product(x: Any, w: Any, how: "How", dtype: Any) -> Any:
-    """`x . w` over the labels they share, in x's dtype; the gradient for w (of this dtype) is taken with x on the right.
-
-    Taken so, XLA on CPU multiplies by the activations as they lie in memory, instead of by a transposed copy of them.
-    """
-    return _dot(x, w.astype(x.dtype), how.x, how.w, how.out, how.precision)
+    return Factor(product(x.array, w.array, How(x.atoms, w.atoms, out, precision, (jax.typeof(x.array), jax.typeof(w.array)))), out)
 
 
 class How(NamedTuple):
-    """The axes of a product's operands and of its result, and its precision."""
+    """The axes of a product's operands and of its result, its precision, and the operands' types."""
 
     x: Labels
     w: Labels
     out: Labels
     precision: Any
+    types: tuple[Any, Any]
 
 
-def _product_fwd(x: Any, w: Any, how: How, dtype: Any) -> Any:
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(x: Any, w: Any, how: How) -> Any:
+    """`x . w` over the labels they share, in x's dtype; the gradient for w is taken with x on the right, then turned.
+
+    Taken so, XLA on CPU multiplies by the activations as they lie in memory. Without the barrier it would turn the
+    operands instead of the result: a transposed copy of all activations, made together with what produces them.
+    """
+    return lax.transpose(*_dot(x, w.astype(x.dtype), how.x, how.w, how.out, how.precision))
+
+
+def _product_fwd(x: Any, w: Any, how: How) -> Any:
     saved = (x.value if w.perturbed else None, w.value if x.perturbed else None)
-    return product(x.value, w.value, how, dtype), saved
+    return product(x.value, w.value, how), saved
 
 
-def _product_bwd(how: How, dtype: Any, saved: Any, g: Any) -> Any:
+def _product_bwd(how: How, saved: Any, g: Any) -> Any:
     x, w = saved
-    g = compat.instantiate(g)
-    dx = None if w is None else _dot(g, w.astype(g.dtype), how.out, how.w, how.x, how.precision)
-    dw = None if x is None else _dot(g, x, how.out, how.x, how.w, how.precision, dtype)
+    g, (x_type, w_type) = compat.instantiate(g), how.types
+    dx = dw = None
+    if w is not None:
+        dx = compat.like(lax.transpose(*_dot(g, w.astype(g.dtype), how.out, how.w, how.x, how.precision)), x_type)
+    if x is not None:
+        y, order = _dot(g, x, how.out, how.x, how.w, how.precision, w_type.dtype)
+        dw = compat.like(lax.transpose(lax.optimization_barrier(y), order), w_type)
     return dx, dw
 
 
 product.defvjp(_product_fwd, _product_bwd, symbolic_zeros=True)
 
 
-def _dot(x: Any, w: Any, xs: Labels, ws: Labels, out: Labels, precision: Any, dtype: Any = None) -> Any:
+def _dot(
+    x: Any, w: Any, xs: Labels, ws: Labels, out: Labels, precision: Any, dtype: Any = None
+) -> tuple[Any, list[int]]:
+    """The product, and the order of its axes that makes them `out`."""
     batch = [a for a in xs if a in ws and a in out]
     summed = [a for a in xs if a in ws and a not in out]
     at = lambda labels, which: [labels.index(a) for a in which]
@@ -228,4 +239,4 @@ def _dot(x: Any, w: Any, xs: Labels, ws: Labels, out: Labels, precision: Any, dt
         preferred_element_type=dtype,
         out_sharding=compat.product_sharding(x, w, xs, ws, made),
     )
-    return lax.transpose(y, at(made, out))
+    return y, at(made, out)

@@ -86,6 +86,9 @@ class Overlay:
         below = self.base if isinstance(self.base, Overlay) else short(self.base)
         return f"{type(self).__name__}({', '.join(filter(None, (repr(below) if below is self.base else below, self.summary())))})"
 
+    def __str__(self) -> str:
+        return f"{self!r} (an overlay: it needs peftjax.wrap to act)"
+
     def __jax_array__(self) -> Any:
         raise TypeError(BARE.format(type(self).__name__))
 
@@ -96,6 +99,14 @@ class Overlay:
         if name in ARRAY_ATTRIBUTES:
             raise AttributeError(BARE.format(type(self).__name__))
         raise AttributeError(f"{type(self).__name__} has no field {name!r}")
+
+
+def _bare(self: Overlay, *args: Any) -> Any:
+    raise TypeError(BARE.format(type(self).__name__))
+
+
+for _name in ("getitem", "len", "iter", "neg", *(p + n for n in ("add", "sub", "mul", "matmul", "truediv", "pow") for p in ("", "r"))):
+    setattr(Overlay, f"__{_name}__", _bare)
 
 
 @jax.tree_util.register_static
