@@ -5,7 +5,7 @@ import functools
 import math
 import operator
 from functools import partial
-from typing import Any, NamedTuple, Sequence
+from typing import Any, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -180,63 +180,26 @@ def pair(x: Factor, w: Factor, keep: set[Any], precision: Any = None) -> Factor:
         *(a for a in x.atoms if a not in shared),
         *(a for a in w.atoms if a not in shared),
     )
-    return Factor(product(x.array, w.array, How(x.atoms, w.atoms, out, precision, (jax.typeof(x.array), jax.typeof(w.array)))), out)
+    return Factor(product(x.array, w.array, x.atoms, w.atoms, out, precision), out)
 
 
-class How(NamedTuple):
-    """The axes of a product's operands and of its result, its precision, and the operands' types."""
+def product(x: Any, w: Any, xs: Labels, ws: Labels, out: Labels, precision: Any = None) -> Any:
+    """`x . w` over the labels they share, in x's dtype, with axes `out`; w is the smaller of the two.
 
-    x: Labels
-    w: Labels
-    out: Labels
-    precision: Any
-    types: tuple[Any, Any]
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def product(x: Any, w: Any, how: How) -> Any:
-    """`x . w` over the labels they share, in x's dtype; the gradient for w is taken with x on the right, then turned.
-
-    Taken so, XLA on CPU multiplies by the activations as they lie in memory. Without the barrier it would turn the
-    operands instead of the result: a transposed copy of all activations, made together with what produces them.
+    JAX takes the gradient for w with x on the right and turns the result. The barrier, which gradients pass too, keeps
+    XLA from turning the operands instead: on CPU, a transposed copy of all activations, made with what produces them.
     """
-    return lax.transpose(*_dot(x, w.astype(x.dtype), how.x, how.w, how.out, how.precision))
-
-
-def _product_fwd(x: Any, w: Any, how: How) -> Any:
-    saved = (x.value if w.perturbed else None, w.value if x.perturbed else None)
-    return product(x.value, w.value, how), saved
-
-
-def _product_bwd(how: How, saved: Any, g: Any) -> Any:
-    x, w = saved
-    g, (x_type, w_type) = compat.instantiate(g), how.types
-    dx = dw = None
-    if w is not None:
-        dx = compat.like(lax.transpose(*_dot(g, w.astype(g.dtype), how.out, how.w, how.x, how.precision)), x_type)
-    if x is not None:
-        y, order = _dot(g, x, how.out, how.x, how.w, how.precision, w_type.dtype)
-        dw = compat.like(lax.transpose(lax.optimization_barrier(y), order), w_type)
-    return dx, dw
-
-
-product.defvjp(_product_fwd, _product_bwd, symbolic_zeros=True)
-
-
-def _dot(
-    x: Any, w: Any, xs: Labels, ws: Labels, out: Labels, precision: Any, dtype: Any = None
-) -> tuple[Any, list[int]]:
-    """The product, and the order of its axes that makes them `out`."""
     batch = [a for a in xs if a in ws and a in out]
     summed = [a for a in xs if a in ws and a not in out]
     at = lambda labels, which: [labels.index(a) for a in which]
     made = (*batch, *(a for a in xs if a not in ws), *(a for a in ws if a not in xs))
+    turned = at(ws, (*batch, *(a for a in ws if a not in xs), *summed))
+    w = lax.optimization_barrier(lax.transpose(w.astype(x.dtype), turned))
     y = lax.dot_general(
         x,
-        w,
+        lax.transpose(w, [turned.index(k) for k in range(len(turned))]),
         ((at(xs, summed), at(ws, summed)), (at(xs, batch), at(ws, batch))),
         precision=precision,
-        preferred_element_type=dtype,
-        out_sharding=compat.product_sharding(x, w, xs, ws, made),
+        out_sharding=compat.product_sharding(x, w, xs, [ws[k] for k in turned], made),
     )
-    return y, at(made, out)
+    return lax.transpose(y, at(made, out))

@@ -18,31 +18,24 @@ def can_fold(w: Weight, x: Any) -> bool:
 def folded(x: Any, w: Weight, plain: Callable[[Any, Any], Any], outputs: Callable[[Any, Weight], Any]) -> Any:
     """`x (W + dW)`: worth it where x has more rows than W reads, so that W is smaller than the outputs to sum.
 
-    `plain(x, array)` is the equation on an array, `outputs(x, w)` the sum of the terms' outputs. The gradient of x is
-    taken through the sum, those of the factors through their own products (`x A B`): that of W is never formed. Kept
-    for the backward pass is x alone; the sum is made again.
+    `plain(x, array)` is the equation on an array, `outputs(x, w)` the sum of the terms' outputs. Derivatives are those
+    of `outputs`: they keep no sum of weights, and for the factors they never form the gradient of W.
     """
     leaves, tree = jax.tree.flatten(w)
-    whole = lambda leaves: dense(jax.tree.unflatten(tree, leaves))
 
-    @jax.custom_vjp
-    def apply(x: Any, leaves: list[Any]) -> Any:
-        return plain(x, whole(leaves))
+    @jax.custom_jvp
+    def apply(x: Any, *leaves: Any) -> Any:
+        return plain(x, dense(jax.tree.unflatten(tree, leaves)))
 
-    def forward(x: Any, leaves: list[Any]) -> Any:
-        values, moving = [v.value for v in leaves], [v.value if v.perturbed else None for v in leaves]
-        read = x.value if any(v.perturbed for v in leaves) or x.perturbed else None
-        return apply(x.value, values), (read, values, moving, () if x.perturbed else None)
+    def apply_jvp(primals: Any, tangents: Any) -> Any:
+        moving = [k for k, t in enumerate(tangents) if not compat.is_symbolic_zero(t)]
 
-    def backward(saved: Any, g: Any) -> Any:
-        x, values, moving, reads = saved
-        g = compat.instantiate(g)
-        dx = None if reads is None else jax.vjp(lambda x: plain(x, whole(values)), x)[1](g)[0]
+        def along(*moved: Any) -> Any:
+            x, *leaves = (moved[moving.index(k)] if k in moving else p for k, p in enumerate(primals))
+            return outputs(x, jax.tree.unflatten(tree, leaves))
 
-        def through(moving: list[Any]) -> Any:
-            return outputs(x, jax.tree.unflatten(tree, [v if m is None else m for v, m in zip(values, moving)]))
+        _, tangent = jax.jvp(along, tuple(primals[k] for k in moving), tuple(tangents[k] for k in moving))
+        return apply(*primals), tangent
 
-        return dx, jax.vjp(through, moving)[1](g)[0]
-
-    apply.defvjp(forward, backward, symbolic_zeros=True)
-    return apply(x, leaves)
+    apply.defjvp(apply_jvp, symbolic_zeros=True)
+    return apply(x, *leaves)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import peftjax as pj
 import pytest
-from laws import KEY, LAWS, METHODS, MODELS, applies, arrays_only, broken, cover, refusal
+from laws import KEY, LAWS, METHODS, MODELS, applies, arrays_only, broken, case, cover, refusal, whole
 
 COVER = cover()
 REST = [(method, model) for model in MODELS for method in METHODS if (method, model) not in COVER]
@@ -28,6 +28,16 @@ def test_law(law, method, model):
 @pytest.mark.parametrize("method,model", REST)
 def test_every_law(method, model):
     assert refusal(method, model) or not broken(method, model)
+
+
+@pytest.mark.parametrize("method,model", [*((m, "linen_mlp") for m in METHODS), ("lora", "nnx_batch_norm_dropout")])
+def test_identity_at_init_is_exact_step_by_step(method, model):
+    it = case(method, model)
+    with jax.disable_jit():
+        got, want = whole(it.apply(it.fresh, *it.args), it.fresh), jax.tree.leaves(it.fn(it.params, *it.args))
+    for x, y in zip(got, want, strict=True):
+        if x is not None and it.method.identity_at_init:
+            np.testing.assert_array_equal(x, y)
 
 
 def test_the_cover_is_pairwise():
