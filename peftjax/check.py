@@ -96,7 +96,7 @@ def _tree_laws(apply: Any, params: Any, tuned: Any, args: Any, kwargs: Any) -> l
 
 
 def _compiles_once(apply: Any, tuned: Any, args: Any, kwargs: Any) -> bool:
-    traces = []
+    traces: list[None] = []
 
     def traced(tuned: Any, arrays: Any) -> Any:
         traces.append(None)

@@ -19,8 +19,11 @@ def is_traced(x: Any) -> bool:
     return isinstance(x, jax.core.Tracer)
 
 
-def single(eqn: Any, operands: Sequence[Any], debug_info: Any) -> list[Any]:
-    """Runs one equation on plain operands, as JAX itself would, under its own name stack."""
+def single(eqn: Any, operands: Sequence[Any], debug_info: Any, named: bool = True) -> list[Any]:
+    """Runs one equation on plain operands, as JAX itself would; under its own name stack, or (not `named`) none."""
+    if not named:
+        info = eqn.source_info
+        eqn = eqn.replace(source_info=info.replace(name_stack=type(info.name_stack)()))
     seen = {v: x for v, x in zip(eqn.invars, operands) if not isinstance(v, jex.Literal)}
     parts = dict(constvars=[], invars=list(seen), outvars=list(eqn.outvars), eqns=[eqn], effects=eqn.effects)
     jaxpr = jex.Jaxpr(**parts, debug_info=debug_info)
@@ -55,7 +58,7 @@ def is_unspecified(sharding: Any) -> bool:
 
 def explicit_spec(x: Any) -> Any:
     """The partition of x's dimensions, where its mesh has explicit axes, else None."""
-    sharding = getattr(jax.typeof(x), "sharding", None)
+    sharding: Any = getattr(jax.typeof(x), "sharding", None)
     mesh = getattr(sharding, "mesh", None)
     if mesh is None or mesh.empty or AxisType.Explicit not in mesh.axis_types:
         return None
@@ -86,6 +89,6 @@ def _unused(entry: Any, used: set[str]) -> Any:
 
 def like(y: Any, kind: Any) -> Any:
     """y laid out as a type with explicit axes says; y itself elsewhere."""
-    if explicit_spec(y) is None or jax.typeof(y).sharding == kind.sharding:
+    if explicit_spec(y) is None or kind.sharding.mesh.empty or jax.typeof(y).sharding == kind.sharding:
         return y
     return jax.sharding.reshard(y, kind.sharding)

@@ -70,7 +70,7 @@ class Evaluator:
 
     def plain(self, eqn: Any, debug_info: Any, operands: Sequence[Any]) -> Sequence[Any]:
         """The outputs of an equation on arrays and operators: by a rule, or with the operators merged."""
-        run = lambda eqn, operands: compat.single(eqn, operands, debug_info)
+        run = lambda eqn, operands: compat.single(eqn, operands, debug_info, named=False)
         if not any(isinstance(x, Weight) for x in operands):
             return run(eqn, operands)
         outs = rules.act(eqn, operands, run)

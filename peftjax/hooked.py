@@ -1,7 +1,7 @@
 """What flows through a model whose tree holds output or table overlays: parameters, outputs, and outputs that wait."""
 
 import dataclasses
-from typing import Any, Sequence
+from typing import Any, Callable, Sequence, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +12,17 @@ from peftjax.overlay import Output, Overlay, Table, layers
 from peftjax.views import Edit, Layout
 
 
-def node(*data: str) -> Any:
+C = TypeVar("C", bound=type)
+
+
+@dataclass_transform(frozen_default=True)
+def node(*data: str) -> Callable[[C], C]:
     """Makes a dataclass a pytree node with these fields as children."""
 
-    def made(cls: Any) -> Any:
-        cls = dataclasses.dataclass(frozen=True)(cls)
-        meta = [f.name for f in dataclasses.fields(cls) if f.name not in data]
-        return jax.tree_util.register_dataclass(cls, data_fields=list(data), meta_fields=meta)
+    def made(cls: C) -> C:
+        whole: Any = dataclasses.dataclass(frozen=True)(cls)
+        meta = [f.name for f in dataclasses.fields(whole) if f.name not in data]
+        return jax.tree_util.register_dataclass(whole, data_fields=list(data), meta_fields=meta)
 
     return made
 

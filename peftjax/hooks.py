@@ -192,10 +192,10 @@ def _pending(evaluator: Any, eqn: Any, operands: Sequence[Any], h: Pending, plai
 
 
 def _waits(eqn: Any, h: Pending, y: Any, move: "Move") -> Pending:
-    features, batch = move(h.features), [move((d,)) for d, _ in h.batch]
-    if features is None or None in batch:
+    features, batch = move(h.features), [d for k, _ in h.batch for d in move((k,)) or ()]
+    if features is None or len(batch) < len(h.batch):
         raise ValueError(_where(eqn, [h]) + ": the features of the waiting output are folded into other axes by a reshape")
-    return dataclasses.replace(h, value=y, features=features, batch=tuple((b[0], a) for b, (_, a) in zip(batch, h.batch)))
+    return dataclasses.replace(h, value=y, features=features, batch=tuple((b, a) for b, (_, a) in zip(batch, h.batch)))
 
 
 Move = Callable[[tuple[int, ...]], tuple[int, ...] | None]
@@ -227,7 +227,7 @@ def _views_of_output(eqn: Any, shape: tuple[int, ...]) -> list[Move] | None:
     if eqn.primitive.name == "neg":
         return [lambda axes: axes]
     views = follow(eqn.primitive.name, eqn.params, Layout.of(shape))
-    return views and [functools.partial(_followed, layout) for layout, _ in views]
+    return None if views is None else [functools.partial(_followed, layout) for layout, _ in views]
 
 
 def _followed(layout: Layout, axes: tuple[int, ...]) -> tuple[int, ...] | None:

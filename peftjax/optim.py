@@ -62,7 +62,7 @@ def train_only(tx: optax.GradientTransformation, tuned: Any) -> optax.GradientTr
     expected: Any = jax.tree.structure(partition(tuned)[0])
     if not expected.num_leaves:
         raise ValueError("nothing in this tree trains: it holds no overlay, or all of them are locked")
-    if keys := [e.key for e in entries(tuned) if e.is_key]:
+    if keys := [e.key for e in entries(tuned) if e.is_key and not e.is_base]:
         raise ValueError(
             f"the tree holds dropout keys ({', '.join(keys)}): call `with_key(tuned, key)` inside the loss"
         )

@@ -34,7 +34,7 @@ def static(**kwargs: Any) -> Any:
 @dataclass_transform(field_specifiers=(trained, frozen, static), frozen_default=True, kw_only_default=True)
 def overlay(cls: C) -> C:
     """Makes a class of fields an overlay: a frozen dataclass and a pytree node whose paths name its fields."""
-    made = dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)(cls)
+    made: Any = dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)(cls)
     kinds = {f.name: f.metadata.get("kind", "frozen") for f in dataclasses.fields(made)}
     made.kinds = kinds
     return jax.tree_util.register_dataclass(
@@ -83,12 +83,13 @@ class Overlay:
         return ""
 
     def __repr__(self) -> str:
-        below = self.base if isinstance(self.base, Overlay) else short(self.base)
-        return f"{type(self).__name__}({', '.join(filter(None, (repr(below) if below is self.base else below, self.summary())))})"
+        below = repr(self.base) if isinstance(self.base, Overlay) else short(self.base)
+        return f"{type(self).__name__}({', '.join(filter(None, (below, self.summary())))})"
 
     def __str__(self) -> str:
         return f"{self!r} (an overlay: it needs peftjax.wrap to act)"
 
+    @property
     def __jax_array__(self) -> Any:
         raise TypeError(BARE.format(type(self).__name__))
 

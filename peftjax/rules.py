@@ -117,7 +117,7 @@ def _dot_labels(eqn: Any, w: Weight, x: Any, side: int) -> tuple[tuple[Any, ...]
     free = [a for k, dim in enumerate(w.layout.dims) if k not in (*contract[0], *batch[0]) for a in dim]
     kept = [a for j, dim in enumerate(labels) if j not in (*contract[1], *batch[1]) for a in dim]
     out = (*(a for k in batch[0] for a in w.layout.dims[k]), *(kept + free if side else free + kept))
-    sizes = {**{("x", k): n for k, n in enumerate(x.shape)}, **dict(w.layout.sizes)}
+    sizes: dict[Any, int] = {("x", k): n for k, n in enumerate(x.shape)} | dict(w.layout.sizes)
     return tuple(a for dim in labels for a in dim), out, sizes
 
 
@@ -137,7 +137,7 @@ def _conv(eqn: Any, operands: Sequence[Any], run: Run) -> list[Any] | None:
     if any(make is None for make in products):
         return None
     base, _ = _split_terms(w, "conv_general_dilated", lambda array: run(eqn, [x, array])[0], lambda t: None)
-    return [_sum(eqn, base, [make() for make in products])]
+    return [_sum(eqn, base, [make() for make in products if make is not None])]
 
 
 def _conv_term(term: Term, w: Weight, x: Any, p: dict[str, Any]) -> Callable[[], Any] | None:
@@ -202,7 +202,7 @@ def _gather(eqn: Any, operands: Sequence[Any], run: Run) -> list[Any] | None:
     counter = iter(range(ids.ndim))
     kind = eqn.outvars[0].aval
     out = tuple(a for k in range(len(kind.shape)) for a in (next(steps) if k in d.offset_dims else (("n", next(counter)),)))
-    sizes = {**dict(layout.sizes), **{("n", j): n for j, n in enumerate(ids.shape[:-1])}}
+    sizes: dict[Any, int] = dict(layout.sizes) | {("n", j): n for j, n in enumerate(ids.shape[:-1])}
 
     def product(term: Term) -> Any:
         factors = [_gathered(f, ids, indexed, rows, eqn.params) for f in term.factors]

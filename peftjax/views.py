@@ -117,7 +117,7 @@ def broadcast(layout: Layout, shape: Sequence[int], dimensions: Sequence[int]) -
             dims.append(dim)
             continue
         edits += [Drop(a) for a in dim]
-        atom = ("broadcast", k, 1 + max((a[2] for a, _ in out.sizes if a[0] == "broadcast"), default=0))
+        atom = ("broadcast", k, 1 + max((int(a[2]) for a, _ in out.sizes if a[0] == "broadcast"), default=0))
         out = out.added(atom, size)
         dims.append((atom,))
     return out.having(dims), tuple(edits)

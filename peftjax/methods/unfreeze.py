@@ -105,8 +105,8 @@ def head() -> Method:
     return Method(name="", options={}, start=start)
 
 
-def _in_head(role: Role, roles: Any) -> bool:
-    return role.head or (role.op == "bias" and role.kernel is not None and roles[role.kernel].head)
+def _in_head(role: Role | None, roles: Any) -> bool:
+    return role is not None and (role.head or (role.op == "bias" and role.kernel is not None and roles[role.kernel].head))
 
 
 @method
