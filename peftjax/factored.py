@@ -193,13 +193,16 @@ def product(x: Any, w: Any, xs: Labels, ws: Labels, out: Labels, precision: Any 
     summed = [a for a in xs if a in ws and a not in out]
     at = lambda labels, which: [labels.index(a) for a in which]
     made = (*batch, *(a for a in xs if a not in ws), *(a for a in ws if a not in xs))
-    turned = at(ws, (*batch, *(a for a in ws if a not in xs), *summed))
-    w = lax.optimization_barrier(lax.transpose(w.astype(x.dtype), turned))
+    w = w.astype(x.dtype)
+    if not batch:  # with batch axes, XLA on CPU cannot lay out what this asks for
+        turned = at(ws, (*(a for a in ws if a not in xs), *summed))
+        w = lax.optimization_barrier(lax.transpose(w, turned))
+        w = lax.transpose(w, [turned.index(k) for k in range(len(turned))])
     y = lax.dot_general(
         x,
-        lax.transpose(w, [turned.index(k) for k in range(len(turned))]),
+        w,
         ((at(xs, summed), at(ws, summed)), (at(xs, batch), at(ws, batch))),
         precision=precision,
-        out_sharding=compat.product_sharding(x, w, xs, [ws[k] for k in turned], made),
+        out_sharding=compat.product_sharding(x, w, xs, ws, made),
     )
     return lax.transpose(y, at(made, out))
