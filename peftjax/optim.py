@@ -59,8 +59,8 @@ def train_only(tx: optax.GradientTransformation, tuned: Any) -> optax.GradientTr
       (True, False)
     """
     inner = optax.with_extra_args_support(tx)
-    expected: Any = jax.tree.structure(partition(tuned)[0])
-    if not expected.num_leaves:
+    expected = _trained(tuned)
+    if not expected:
         raise ValueError("nothing in this tree trains: it holds no overlay, or all of them are locked")
     if keys := [e.key for e in entries(tuned) if e.is_key and not e.is_base]:
         raise ValueError(
@@ -69,8 +69,9 @@ def train_only(tx: optax.GradientTransformation, tuned: Any) -> optax.GradientTr
 
     def trainable(tree: Any) -> Any:
         part = partition(tree)[0]
-        if jax.tree.leaves(tree) and jax.tree.structure(part) != expected:
-            raise ValueError(f"`train_only` was made for the overlays of another tree:\n  {expected}\nfound\n  {part}")
+        if jax.tree.leaves(tree) and (found := _trained(tree)) != expected:
+            odd = ", ".join(sorted(set(expected) ^ set(found)))
+            raise ValueError(f"`train_only` was made for the overlays of another tree; they differ in {odd}")
         return part
 
     def init(params: Any) -> Any:
@@ -84,6 +85,11 @@ def train_only(tx: optax.GradientTransformation, tuned: Any) -> optax.GradientTr
         return jax.tree.map(_filled, updates, grads, is_leaf=lambda x: x is None), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _trained(tree: Any) -> list[str]:
+    """The names of what trains: the same whether a framework boxes its arrays or not."""
+    return [e.key for e in entries(tree) if e.trains]
 
 
 def _filled(update: Any, grad: Any) -> Any:

@@ -1,0 +1,71 @@
+"""What the README shows runs, and its diffs are as short as they claim."""
+
+import pathlib
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
+
+import peftjax as pj
+
+README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+DIFFS = re.findall(r"```diff\n(.*?)```", README, re.S)
+
+
+class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(1, name="down")(nn.relu(nn.Dense(16, name="up")(x)))
+
+
+class NNXModel(nnx.Module):
+    def __init__(self, rngs):
+        self.up = nnx.Linear(16, 16, rngs=rngs)
+        self.down = nnx.Linear(16, 1, rngs=rngs)
+
+    def __call__(self, x):
+        return self.down(nnx.relu(self.up(x)))
+
+
+def names():
+    x = jax.random.normal(jax.random.key(0), (8, 16))
+    y = x.sum(1, keepdims=True)
+    return dict(globals(), x=x, y=y, losses=[])
+
+
+@pytest.mark.third_party
+def test_five_lines_on_your_own_model():
+    scope = names()
+    scope["model"] = Model()
+    scope["params"] = scope["model"].init(jax.random.key(0), scope["x"])["params"]
+    exec(BLOCKS[0], scope)
+    assert scope["grads"]["up"]["kernel"].b.shape == (8, 16) and scope["grads"]["down"]["kernel"] is None
+    scope["nnx_model"] = NNXModel(nnx.Rngs(0))
+    before = scope["nnx_model"](scope["x"])
+    exec(BLOCKS[1], scope)
+    np.testing.assert_allclose(scope["nnx_model"](scope["x"]), before, rtol=1e-6)
+
+
+@pytest.mark.third_party
+@pytest.mark.parametrize("diff", DIFFS, ids=["TrainState", "nnx.Optimizer"])
+def test_an_existing_loop_turned_into_lora(diff):
+    lines = diff.splitlines()
+    assert 0 < sum(line.startswith("+") for line in lines) <= 6
+    runs = {}
+    for sign in "-+":
+        scope = names()
+        exec("\n".join(line[1:] for line in lines if not line or line[0] in (" ", sign)), scope)
+        runs[sign] = scope
+        assert scope["losses"][-1] < scope["losses"][0]
+    if "state" in runs["+"]:
+        trained = runs["+"]["state"].params
+        fresh = runs["+"]["model"].init(jax.random.key(0), runs["+"]["x"])["params"]
+        jax.tree.map(np.testing.assert_array_equal, pj.strip(trained), fresh)
+        assert pj.count(trained).trainable == (16 + 16) * 2
