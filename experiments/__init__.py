@@ -1,0 +1,1 @@
+"""The research scripts: they import `peftjax`, never the reverse."""

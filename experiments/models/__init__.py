@@ -1,0 +1,1 @@
+"""Models in Flax, small enough to read, with the parameter names of Hugging Face."""
