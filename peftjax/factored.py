@@ -187,14 +187,16 @@ def product(x: Any, w: Any, xs: Labels, ws: Labels, out: Labels, precision: Any 
     """`x . w` over the labels they share, in x's dtype, with axes `out`; w is the smaller of the two.
 
     JAX takes the gradient for w with x on the right and turns the result. The barrier, which gradients pass too, keeps
-    XLA from turning the operands instead: on CPU, a transposed copy of all activations, made with what produces them.
+    XLA from turning a large x instead: on CPU, a transposed copy of all activations, made with what produces them.
     """
     batch = [a for a in xs if a in ws and a in out]
     summed = [a for a in xs if a in ws and a not in out]
     at = lambda labels, which: [labels.index(a) for a in which]
     made = (*batch, *(a for a in xs if a not in ws), *(a for a in ws if a not in xs))
     w = w.astype(x.dtype)
-    if not batch:  # with batch axes, XLA on CPU cannot lay out what this asks for
+    size = lambda labels: math.prod(w.shape[ws.index(a)] for a in labels)
+    # Where w reads more than it writes, x is the large operand. With batch axes, XLA on CPU cannot lay out what this asks for.
+    if not batch and size(summed) > size(a for a in ws if a not in xs):
         turned = at(ws, (*(a for a in ws if a not in xs), *summed))
         w = lax.optimization_barrier(lax.transpose(w, turned))
         w = lax.transpose(w, [turned.index(k) for k in range(len(turned))])
