@@ -1,0 +1,107 @@
+"""Labelled texts: the movie reviews, any tensorflow-datasets data set, or a file of one's own."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Iterable, Sequence
+
+import numpy as np
+
+from experiments import catalogue, files
+
+SPLIT_SEED = 0  # of the splits made here; the seed of a run never moves a row from one split to another
+SHARES = {"train": 0.7, "validation": 0.15, "test": 0.15}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Texts and their labels, integers from 0."""
+
+    texts: Sequence[str]
+    labels: np.ndarray  # (N,) int32
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, at: Any) -> "Rows":
+        return Rows([self.texts[k] for k in at], self.labels[at])
+
+
+class Sealed:
+    """The test split: it opens once, at the end; every choice is made on the validation split."""
+
+    def __init__(self, rows: Rows):
+        self._rows, self.opened = rows, False
+
+    def open(self) -> Rows:
+        """The rows, the first time.
+
+        Raises:
+          RuntimeError: it was opened before.
+        """
+        if self.opened:
+            raise RuntimeError(
+                "the test split was read before: what it says is no estimate once a choice depends on it"
+            )
+        self.opened = True
+        return self._rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Three splits, and what the labels are called."""
+
+    train: Rows
+    validation: Rows
+    test: Sealed
+    names: tuple[str, ...]
+
+
+def load(name: str, text: str = "text", label: str = "label", classes: Sequence[str] = ()) -> Dataset:
+    """A data set of texts and labels.
+
+    Args:
+      name: "reviews"; the path of a `.csv`, `.tsv` or `.jsonl` file; or what tensorflow-datasets calls one of its own.
+      text, label: the columns.
+      classes: what the labels are called, in order; by default those that occur, sorted.
+
+    Returns:
+      Its splits. Those that it does not have are cut from its training split (of a file, from all of it), always in
+      the same way.
+
+    Raises:
+      ValueError: no such file, column or data set, an empty text, or a label outside the classes.
+    """
+    if Path(name).suffix in files.READERS or Path(name).exists():
+        texts, labels = files.read(Path(name), text, label)
+        names = tuple(classes) or tuple(sorted(set(labels)))
+        if len(names) < 2:
+            raise ValueError(f"{name}: every label in {label!r} is {names[0]!r}; expected at least two kinds")
+        return _cut({"train": _checked(name, texts, labels, names)}, names)
+    splits, names = catalogue.reviews() if name == "reviews" else catalogue.public(name, text, label)
+    return _cut({split: _checked(f"{name}, {split}", *columns, names) for split, columns in splits.items()}, names)
+
+
+def _cut(splits: dict[str, Rows], names: tuple[str, ...]) -> Dataset:
+    """Cuts the validation and test splits that are missing from the training split."""
+    rows = splits["train"]
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(rows))
+    for split in ("validation", "test"):
+        if split not in splits:
+            size = max(1, round(SHARES[split] * len(rows)))
+            splits[split], order = rows[order[:size]], order[size:]
+    if len(order) < 2:
+        raise ValueError(f"{len(rows)} rows are too few to train, choose and test on")
+    return Dataset(rows[order], splits["validation"], Sealed(splits["test"]), names)
+
+
+def _checked(where: str, texts: Iterable[Any], labels: Iterable[Any], names: tuple[str, ...]) -> Rows:
+    """Rows of texts and names of labels; `where` is for messages."""
+    at = {name: k for k, name in enumerate(names)}
+    kept: list[tuple[str, int]] = []
+    for k, (text, label) in enumerate(zip(texts, labels), 1):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{where}, row {k}: expected a text, found {text!r}")
+        if label not in at:
+            raise ValueError(f"{where}, row {k}: label {label!r} is none of {', '.join(map(repr, names))}")
+        kept.append((text, at[label]))
+    return Rows([text for text, _ in kept], np.array([y for _, y in kept], np.int32))
