@@ -87,6 +87,14 @@ def _unused(entry: Any, used: set[str]) -> Any:
     return entry
 
 
+def joins_rows(x: Any) -> bool:
+    """Whether to join the axes of rows of a product: XLA on CPU then reads the gradient's operands as they lie.
+
+    Elsewhere nothing is gained, and joining two sharded axes would cost a gather.
+    """
+    return jax.default_backend() == "cpu" and explicit_spec(x) is None
+
+
 def like(y: Any, kind: Any) -> Any:
     """y laid out as a type with explicit axes says; y itself elsewhere."""
     if explicit_spec(y) is None or kind.sharding.mesh.empty or jax.typeof(y).sharding == kind.sharding:

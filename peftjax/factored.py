@@ -184,15 +184,27 @@ def pair(x: Factor, w: Factor, keep: set[Any], precision: Any = None) -> Factor:
 
 
 def product(x: Any, w: Any, xs: Labels, ws: Labels, out: Labels, precision: Any = None) -> Any:
-    """`x . w` over the labels they share, in x's dtype, with axes `out`; w is the smaller of the two.
+    """`x . w` over the labels they share, in x's dtype, with axes `out`; w is the smaller of the two."""
+    rows = [a for a in xs if a not in ws]
+    made = (*(a for a in xs if a in ws and a in out), *rows, *(a for a in ws if a not in xs))
+    if len(rows) > 1 and list(xs[: len(rows)]) == rows == list(made[: len(rows)]) and compat.joins_rows(x):
+        joined = x.reshape(-1, *x.shape[len(rows) :])
+        y = _product(joined, w, ("rows", *xs[len(rows) :]), ws, ("rows", *made[len(rows) :]), precision)
+        y = y.reshape(*x.shape[: len(rows)], *y.shape[1:])
+    else:
+        y = _product(x, w, xs, ws, made, precision)
+    return lax.transpose(y, [made.index(a) for a in out])
+
+
+def _product(x: Any, w: Any, xs: Labels, ws: Labels, out: Labels, precision: Any) -> Any:
+    """The product with axes `out`: those shared and kept, then x's own, then w's own.
 
     JAX takes the gradient for w with x on the right and turns the result. The barrier, which gradients pass too, keeps
     XLA from turning a large x instead: on CPU, a transposed copy of all activations, made with what produces them.
     """
-    batch = [a for a in xs if a in ws and a in out]
     summed = [a for a in xs if a in ws and a not in out]
+    batch = [a for a in xs if a in ws and a in out]
     at = lambda labels, which: [labels.index(a) for a in which]
-    made = (*batch, *(a for a in xs if a not in ws), *(a for a in ws if a not in xs))
     w = w.astype(x.dtype)
     size = lambda labels: math.prod(w.shape[ws.index(a)] for a in labels)
     # Where w reads more than it writes, x is the large operand. With batch axes, XLA on CPU cannot lay out what this asks for.
@@ -200,11 +212,10 @@ def product(x: Any, w: Any, xs: Labels, ws: Labels, out: Labels, precision: Any 
         turned = at(ws, (*(a for a in ws if a not in xs), *summed))
         w = lax.optimization_barrier(lax.transpose(w, turned))
         w = lax.transpose(w, [turned.index(k) for k in range(len(turned))])
-    y = lax.dot_general(
+    return lax.dot_general(
         x,
         w,
         ((at(xs, summed), at(ws, summed)), (at(xs, batch), at(ws, batch))),
         precision=precision,
-        out_sharding=compat.product_sharding(x, w, xs, ws, made),
+        out_sharding=compat.product_sharding(x, w, xs, ws, out),
     )
-    return lax.transpose(y, at(made, out))
