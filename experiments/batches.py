@@ -6,8 +6,6 @@ from typing import Iterator, Sequence
 import numpy as np
 from tokenizers import Tokenizer
 
-from experiments.data import Rows
-
 Batch = dict[str, np.ndarray]
 
 

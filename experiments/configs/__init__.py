@@ -1,0 +1,1 @@
+"""A configuration is a page."""

@@ -1,0 +1,36 @@
+"""Sentiment of movie-review sentences: MiniLM with LoRA on every linear layer, and a fresh head.
+
+    python experiments/finetune.py --config=experiments/configs/reviews.py
+
+3,000 sentences to train on, 1,000 to choose on, 2,000 to test on.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The configuration; each value can be set on the command line, as `--config.seed=1`."""
+    c = ml_collections.ConfigDict()
+    c.seed = 0  # of what is drawn: A of LoRA, the order of the data, dropout
+    c.model = "minilm"  # or a folder, or the id of a BERT on the Hugging Face hub
+    c.pool = "mean"  # over the tokens; or "first", BERT's pooler
+    c.dropout = 0.1  # of the model's hidden features and attention
+
+    c.data = "reviews"  # or a .csv, .tsv or .jsonl file, or a name that tensorflow-datasets knows
+    c.text, c.label = "text", "label"  # its columns
+    c.classes = ()  # of a file: what its labels are called, in order; () takes those that occur
+    c.length = 64  # tokens at most; 99 of 100 reviews have fewer than 55
+    c.fixed = False  # True pads every batch to `length`, and compiles once; False to a few lengths
+
+    c.method = "lora"  # or "full", or "head"
+    c.lora = ml_collections.ConfigDict({"rank": 8, "alpha": 16.0, "dropout": 0.0})
+    c.rate = ml_collections.ConfigDict({"lora": 1e-3, "full": 1e-4, "head": 1e-2})  # the highest learning rates
+    c.warmup = 0.1  # the share of all steps in which the learning rate rises; then it falls to 0
+    c.decay = 0.01  # of the weights that train
+    c.clip = 1.0  # the norm of the gradient
+    c.batch = 32
+    c.epochs = 3
+    c.patience = 1  # epochs without a better validation score
+
+    c.out = "runs"  # holds a folder per run, and results.jsonl
+    return c
