@@ -1,7 +1,5 @@
 """The tuned tree: taking it apart, putting it together, merging, switching, counting, grafting."""
 
-import doctest
-import importlib
 from typing import Any
 
 import flax.linen as nn
@@ -364,11 +362,3 @@ def test_graft_lists_everything_that_differs():
         "new stays fresh, but is a shape",
     ):
         assert line in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "name", "tree flat gradient merging switches summary grafting optim checkpoint fingerprint folders".split()
-)
-def test_examples(name, usual_promotion):
-    with usual_promotion():
-        assert doctest.testmod(importlib.import_module(f"peftjax.{name}")).failed == 0

