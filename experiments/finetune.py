@@ -22,7 +22,7 @@ from ml_collections import config_flags
 from rich.console import Console
 
 import peftjax as pj
-from experiments import baselines, data, display, record
+from experiments import assets, baselines, data, display, record
 from experiments.batches import Batch, batches
 from experiments.classifier import ADAPTER, Classifier, Page
 from experiments.train import Trained, predict, score, train
@@ -128,7 +128,10 @@ def _numbers(results: list[baselines.Result], trained: Trained) -> dict[str, Any
 
 def main(_: list[str]) -> None:
     """Runs the configuration that the flags give."""
-    run(CONFIG.value, Console())
+    try:
+        run(CONFIG.value, Console())
+    except (ValueError, FloatingPointError, assets.Missing) as error:
+        raise SystemExit(f"finetune: {error}") from error
 
 
 if __name__ == "__main__":

