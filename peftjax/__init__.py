@@ -5,24 +5,46 @@ from typing import TYPE_CHECKING, Any
 
 from peftjax.attach import attach as attach
 from peftjax.check import check as check
-from peftjax.evaluate import explain as explain, wrap as wrap
-from peftjax.flat import extract as extract, insert as insert
+from peftjax.evaluate import explain as explain
+from peftjax.evaluate import wrap as wrap
+from peftjax.flat import extract as extract
+from peftjax.flat import insert as insert
 from peftjax.gradient import value_and_grad as value_and_grad
 from peftjax.grafting import graft as graft
 from peftjax.merging import merge as merge
-from peftjax.method import Method as Method, chain as chain
+from peftjax.method import Method as Method
+from peftjax.method import chain as chain
 from peftjax.methods.lora import lora as lora
-from peftjax.methods.unfreeze import bitfit as bitfit, full as full, head as head
-from peftjax.methods.unfreeze import last_layers as last_layers, layer_norm as layer_norm, unfreeze as unfreeze
-from peftjax.overlay import Overlay as Overlay, Ref as Ref
-from peftjax.roles import Role as Role, Roles as Roles, roles as roles
-from peftjax.summary import count as count, describe as describe
-from peftjax.switches import disable as disable, lock as lock, scale as scale, with_key as with_key
-from peftjax.tree import combine as combine, labels as labels, mask as mask, partition as partition, strip as strip
+from peftjax.methods.unfreeze import bitfit as bitfit
+from peftjax.methods.unfreeze import full as full
+from peftjax.methods.unfreeze import head as head
+from peftjax.methods.unfreeze import last_layers as last_layers
+from peftjax.methods.unfreeze import layer_norm as layer_norm
+from peftjax.methods.unfreeze import unfreeze as unfreeze
+from peftjax.overlay import Overlay as Overlay
+from peftjax.overlay import Ref as Ref
+from peftjax.roles import Role as Role
+from peftjax.roles import Roles as Roles
+from peftjax.roles import roles as roles
+from peftjax.summary import count as count
+from peftjax.summary import describe as describe
+from peftjax.switches import disable as disable
+from peftjax.switches import lock as lock
+from peftjax.switches import scale as scale
+from peftjax.switches import with_key as with_key
+from peftjax.tree import combine as combine
+from peftjax.tree import labels as labels
+from peftjax.tree import mask as mask
+from peftjax.tree import partition as partition
+from peftjax.tree import strip as strip
 
 if TYPE_CHECKING:
-    from peftjax.checkpoint import load as load, save as save
-    from peftjax.optim import groups as groups, layerwise as layerwise, lora_plus as lora_plus, train_only as train_only
+    from peftjax.checkpoint import load as load
+    from peftjax.checkpoint import save as save
+    from peftjax.optim import groups as groups
+    from peftjax.optim import layerwise as layerwise
+    from peftjax.optim import lora_plus as lora_plus
+    from peftjax.optim import train_only as train_only
 
 __version__ = "0.1.0"
 

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 from jax.extend import core as jex
 
-from peftjax import compat, hooks, regions, rules
+from peftjax import compat, hooks, regions, rules, tables
 from peftjax.factored import Weight, dense, expand
-from peftjax.hooked import HOOKED, carried, inner, is_marked
+from peftjax.hooked import HOOKED, Hook, Pending, Rows, carried, inner, is_marked
 from peftjax.overlay import Output, Table, is_overlay, layers, type_of
 from peftjax.paths import flatten
 from peftjax.tree import resolve
@@ -35,8 +35,9 @@ class Event:
 class Evaluator:
     """Evaluates jaxprs whose values may be operators or carry overlays, and notes what each overlay did."""
 
-    def __init__(self, names: dict[str, str]) -> None:
+    def __init__(self, names: dict[str, str], tables: bool = False) -> None:
         self.names = names
+        self.tables = tables
         self.events: list[Event] = []
         self.waiting: list[str] = []
         self.stacks: list[str] = []
@@ -49,11 +50,14 @@ class Evaluator:
         read = lambda v: v.val if isinstance(v, jex.Literal) else env[v]
         for eqn in jaxpr.eqns:
             operands = [read(v) for v in eqn.invars]
-            if any(isinstance(x, LIVE) for x in operands):
+            inside = self.tables and regions.runs_once(eqn)  # ids are clipped, and coded, in regions of their own
+            if inside or any(isinstance(x, LIVE) for x in operands):
                 with compat.scope(eqn):
                     outs = self.step(eqn, operands, jaxpr.debug_info)
             else:
                 outs = compat.single(eqn, operands, jaxpr.debug_info)
+            if self.tables and eqn.primitive.name not in regions.REGIONS:
+                outs = tables.notice(eqn, operands, outs)
             env.update(zip(eqn.outvars, outs))
         return [read(v) for v in jaxpr.outvars]
 
@@ -83,7 +87,7 @@ class Evaluator:
     def merged(self, x: Any, eqn: Any = None) -> Any:
         """The array that a value stands for; merging an operator is noted, and an overlay of outputs refuses."""
         x = inner(x)
-        if isinstance(x, HOOKED):
+        if isinstance(x, (Hook, Rows, Pending)):
             where = eqn.primitive.name if eqn is not None else "the function's output"
             raise ValueError(f"the overlay at {x.path} reached {where} before it could act on its layer's output")
         if not isinstance(x, Weight):
@@ -246,7 +250,8 @@ def _evaluate(fn: Any, call: Call, given: Sequence[Any]) -> tuple[Any, Evaluator
 
     closed, shape = jax.make_jaxpr(flat, return_shape=True)(*map(type_of, given))
     paths = [call.paths.get(k, f"argument {k}") for k in call.dynamic]
-    evaluator = Evaluator({p: type(x).__name__ for p, x in zip(paths, given) if is_overlay(x)})
+    names = {p: type(x).__name__ for p, x in zip(paths, given) if is_overlay(x)}
+    evaluator = Evaluator(names, tables=any(isinstance(o, Table) for x in given for o in layers(x)))
     tails = [p for p, x in zip(paths, given) if any(isinstance(o, (Output, Table)) for o in layers(x))]
     if tails:
         values = [carried(x, p) if k in call.paths else x for k, x, p in zip(call.dynamic, given, paths)]

@@ -13,7 +13,7 @@ from jax import lax
 
 from peftjax import compat
 from peftjax.overlay import Overlay, type_of
-from peftjax.views import Atom, Cut, Drop, DynamicCut, Edit, Layout, Reverse, Split
+from peftjax.views import Cut, Drop, DynamicCut, Edit, Layout, Reverse, Split
 
 Labels = tuple[Any, ...]
 

@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from peftjax.factored import Factor, Weight, expand
+from peftjax.factored import Factor, expand
 from peftjax.overlay import Output, Overlay, Table, layers
 from peftjax.views import Edit, Layout
-
 
 C = TypeVar("C", bound=type)
 
@@ -166,12 +165,53 @@ def carried(leaf: Any, path: str) -> Any:
     return Hook(value, outputs, path, layout) if outputs else Param(value, path, layout)
 
 
-HOOKED = (Param, Hook, Rows, Made, Pending)
+@node("value")
+class Counted:
+    """0, 1, 2, ... along one axis: what a one-hot code compares its ids with."""
+
+    value: Any
+    axis: int
+
+
+@node("value", "ids")
+class OneHot:
+    """The one-hot code of `ids` along one axis."""
+
+    value: Any
+    ids: Any
+    axis: int
+
+
+@node("value")
+class Bounded:
+    """Integers that have been clipped or wrapped: ids among them may no longer name a further row."""
+
+    value: Any
+
+
+MARKS = (Param, Made, Counted, OneHot, Bounded)
+HOOKED = (*MARKS, Hook, Rows, Pending)
 
 
 def inner(x: Any) -> Any:
-    """The value below a parameter's or an output's mark: an array or an operator."""
-    return x.value if isinstance(x, (Param, Made)) else x
+    """The value below a mark: an array or an operator."""
+    return x.value if isinstance(x, MARKS) else x
+
+
+def position(operands: Sequence[Any], x: Any) -> int:
+    """Where among the operands x itself stands."""
+    return next(k for k, y in enumerate(operands) if y is x)
+
+
+def where(eqn: Any, overlays: Sequence[Any]) -> str:
+    names = ", ".join(f"{names_of(x)} at {x.path}" for x in overlays)
+    scope = str(eqn.source_info.name_stack)
+    return f"{names}, used by {eqn.primitive.name}" + (f" in {scope}" if scope else "")
+
+
+def names_of(x: Any) -> str:
+    owners = [c.owner for c in x.owners] if isinstance(x, Hook) else [x.owner.owner if isinstance(x, Pending) else x.owner]
+    return ", ".join(type(owner).__name__ for owner in owners)
 
 
 def is_marked(operands: Sequence[Any]) -> bool:

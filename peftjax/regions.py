@@ -24,9 +24,14 @@ def forwarded(jaxpr: Any) -> list[int | None]:
     return [None if isinstance(v, jex.Literal) else source.get(v) for v in jaxpr.outvars]
 
 
+def runs_once(eqn: Any) -> bool:
+    """Whether an equation is a region that runs exactly once, jit or remat."""
+    return eqn.primitive.name in ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2", "remat")
+
+
 def _inner(eqn: Any) -> Any:
     """The closed jaxpr of a region that runs exactly once, or None."""
-    if eqn.primitive.name not in ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2", "remat"):
+    if not runs_once(eqn):
         return None
     inner = eqn.params.get("jaxpr") or eqn.params.get("call_jaxpr")
     return inner if isinstance(inner, jex.ClosedJaxpr) else jex.ClosedJaxpr(inner, ())

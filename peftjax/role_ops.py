@@ -6,10 +6,28 @@ from typing import Any, Sequence
 
 from peftjax import views
 from peftjax.role_book import Book
-from peftjax.role_fixed import ADDS, ELEMENTWISE, FIRST_ONLY, compute, constants, follow, view_fixed
+from peftjax.role_fixed import (
+    ADDS,
+    ELEMENTWISE,
+    FIRST_ONLY,
+    compute,
+    constants,
+    follow,
+    view_fixed,
+)
 from peftjax.role_norm import derive
 from peftjax.role_products import PRODUCTS
-from peftjax.role_values import Act, Fixed, Pending, Source, Value, acts, any_data, heads, tracked
+from peftjax.role_values import (
+    Act,
+    Fixed,
+    Pending,
+    Source,
+    Value,
+    acts,
+    any_data,
+    heads,
+    tracked,
+)
 
 PARTS = ("slice", "dynamic_slice", "split", "rev")  # views that are another array
 PASSED = ("optimization_barrier", "mesh_cast")  # each output is an operand

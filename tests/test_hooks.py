@@ -288,3 +288,22 @@ def test_explain_lists_output_overlays():
     tuned["bias"] = gain(tuned["bias"], kernel="down", where="residual")
     events = pj.explain(residual_block, tuned, X)
     assert [(e.path, e.how, e.primitive) for e in events] == [("bias", "acted", "add"), ("bias", "met the residual", "add")]
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_a_one_hot_code_reads_the_further_rows(left):
+    def fn(p, ids):
+        if left:
+            return jnp.einsum("vd,btv->btd", p["table"], (ids[..., None] == jnp.arange(5)[None, None]).astype(jnp.float32))
+        return jax.nn.one_hot(ids, 5, dtype=jnp.float32) @ p["table"]
+
+    ids = jnp.array([[0, 5, 4], [6, 1, 5]])
+    params = table_params()
+    longer = jnp.concatenate([params["table"].base, params["table"].more])
+    np.testing.assert_array_equal(pj.wrap(fn)(params, ids), longer[ids])
+
+
+@pytest.mark.parametrize("clip", [lambda x: jnp.clip(x, 0, 4), lambda x: jnp.minimum(x, 4), lambda x: x % 5])
+def test_clipped_ids_raise(clip):
+    with pytest.raises(ValueError, match="table, used by gather.*clipped or wrapped before"):
+        pj.wrap(lambda p, ids: jnp.take(p["table"], clip(ids), axis=0))(table_params(), jnp.array([0, 5]))
