@@ -128,6 +128,8 @@ def _numbers(results: list[baselines.Result], trained: Trained) -> dict[str, Any
 
 def main(_: list[str]) -> None:
     """Runs the configuration that the flags give."""
+    if jax.config.jax_compilation_cache_dir is None:  # compiling takes as long as an epoch: once is enough
+        jax.config.update("jax_compilation_cache_dir", str(assets.home() / "compiled"))
     try:
         run(CONFIG.value, Console())
     except (ValueError, FloatingPointError, assets.Missing) as error:

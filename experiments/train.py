@@ -77,6 +77,7 @@ def train(
     """
     step = jax.jit(_step(apply, tx), donate_argnums=(0, 2))
     trainable, frozen = pj.partition(tuned)
+    trainable = _copy(trainable)  # a step donates its buffers, and the caller's are not ours to give
     state, count, kept = tx.init(trainable), 0, trainable
     scores, seconds, best = list[Score](), list[float](), 0
     for number in range(1, epochs + 1):
@@ -93,11 +94,15 @@ def train(
         seconds.append(time.perf_counter() - start)
         scores.append(validate(pj.combine(trainable, frozen)))
         if best == 0 or _rank(scores[-1]) > _rank(scores[best - 1]):
-            best, kept = number, jax.device_get(trainable)  # a copy: the next step donates the buffers
+            best, kept = number, _copy(trainable)
         shown.score(number, scores[-1].accuracy, scores[-1].loss, best == number)
         if number - best >= patience:
             break
-    return Trained(pj.combine(jax.tree.map(jnp.asarray, kept), frozen), best, scores, seconds)
+    return Trained(pj.combine(kept, frozen), best, scores, seconds)
+
+
+def _copy(tree: Any) -> Any:
+    return jax.tree.map(jnp.copy, tree)
 
 
 def _rank(score: Score) -> tuple[float, float]:
