@@ -58,7 +58,9 @@ def _columns(builder: Any, text: str, label: str) -> tuple[dict[str, Columns], t
             f"{builder.name} has no column {' nor '.join(map(repr, lacking))}, only {', '.join(map(repr, features))}. "
             "Name yours with --config.text= and --config.label="
         )
-    if not hasattr(features[label], "names"):
+    if not isinstance(features[text], tfds.features.Text):
+        raise ValueError(f"{builder.name}: {text!r} is {features[text]!r}; expected a text")
+    if not isinstance(features[label], tfds.features.ClassLabel):
         raise ValueError(f"{builder.name}: {label!r} is {features[label]!r}; expected the labels of classes")
     tfds.disable_progress_bar()
     builder.download_and_prepare()

@@ -9,9 +9,9 @@ from typing import Sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import jax
 import numpy as np
 from absl import app, flags
-from scipy.special import softmax
 
 import peftjax as pj
 from experiments import classifier
@@ -38,7 +38,7 @@ def classify(folder: str | Path, texts: Sequence[str]) -> list[tuple[str, float]
     tuned = pj.load(Path(folder) / classifier.ADAPTER, model.params)
     ids = model.tokens(texts)
     read = batches(ids, np.zeros(len(texts), np.int32), min(32, len(texts)), model.widths)
-    chances = softmax(predict(pj.wrap(model))(tuned, read, len(texts)), axis=1)
+    chances = np.asarray(jax.nn.softmax(predict(pj.wrap(model))(tuned, read, len(texts))))
     return [(page.names[k], float(chances[row, k])) for row, k in enumerate(chances.argmax(1))]
 
 

@@ -71,7 +71,7 @@ def load(name: str, text: str = "text", label: str = "label", classes: Sequence[
     Raises:
       ValueError: no such file, column or data set, an empty text, or a label outside the classes.
     """
-    if Path(name).suffix in files.READERS or Path(name).exists():
+    if Path(name).suffix in files.READERS or Path(name).is_file():
         texts, labels = files.read(Path(name), text, label)
         names = tuple(classes) or tuple(sorted(set(labels)))
         if len(names) < 2:

@@ -213,6 +213,8 @@ def test_a_data_set_by_name(cache):
         data.load("tiny_moods", label="mood")
     with pytest.raises(ValueError, match="'stars' is .*expected the labels of classes"):
         data.load("tiny_moods", text="line", label="stars")
+    with pytest.raises(ValueError, match="'stars' is .*expected a text"):
+        data.load("tiny_moods", text="stars", label="mood")
 
 
 def test_what_needs_tensorflow_says_so(cache, monkeypatch):
