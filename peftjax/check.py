@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from peftjax.attach import attach
-from peftjax.evaluate import explain, is_array
+from peftjax.call import is_array
+from peftjax.evaluate import explain
 from peftjax.flat import extract, insert
 from peftjax.merging import merge
 from peftjax.method import Method
@@ -125,7 +126,9 @@ def _moved(tuned: Any, key: jax.Array) -> Any:
 
     def moved(path: str, x: Any) -> Any:
         noise = lambda k, v: v + 0.1 * jax.random.normal(jax.random.fold_in(key, k), v.shape, v.dtype)
-        return x.replace(**{n: jax.tree.map(lambda v: noise(k, v), getattr(x, n)) for k, n in enumerate(x.trained_fields)})
+        return x.replace(
+            **{n: jax.tree.map(lambda v: noise(k, v), getattr(x, n)) for k, n in enumerate(x.trained_fields)}
+        )
 
     return map_layers(moved, tuned)
 

@@ -12,7 +12,12 @@ from peftjax.factored import Weight, dense
 def can_fold(w: Weight, x: Any) -> bool:
     """Whether summing the operator loses nothing against summing outputs: float32, no dropout, no explicit axes."""
     wide = jnp.finfo(w.type.dtype).bits >= 32 and w.type.dtype == x.dtype
-    return wide and w.plain is None and not any(t.rate and t.key is not None for t in w.terms) and compat.explicit_spec(x) is None
+    return (
+        wide
+        and w.plain is None
+        and not any(t.rate and t.key is not None for t in w.terms)
+        and compat.explicit_spec(x) is None
+    )
 
 
 def folded(x: Any, w: Weight, plain: Callable[[Any, Any], Any], outputs: Callable[[Any, Weight], Any]) -> Any:

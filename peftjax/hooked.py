@@ -159,7 +159,9 @@ def carried(leaf: Any, path: str) -> Any:
     outputs = tuple(Carried.of(x) for x in reversed(found) if isinstance(x, Output))
     tables = [x.replace(base=None) for x in found if isinstance(x, Table)]
     if len(tables) > 1 or (tables and outputs):
-        raise ValueError(f"{path} holds {', '.join(map(repr, found))}; a table takes one overlay of rows, and no other output")
+        raise ValueError(
+            f"{path} holds {', '.join(map(repr, found))}; a table takes one overlay of rows, and no other output"
+        )
     if tables:
         return Rows(value, tables[0], path, layout)
     return Hook(value, outputs, path, layout) if outputs else Param(value, path, layout)
@@ -204,13 +206,17 @@ def position(operands: Sequence[Any], x: Any) -> int:
 
 
 def where(eqn: Any, overlays: Sequence[Any]) -> str:
+    """Names some overlays and the equation that met them, for an error."""
     names = ", ".join(f"{names_of(x)} at {x.path}" for x in overlays)
     scope = str(eqn.source_info.name_stack)
     return f"{names}, used by {eqn.primitive.name}" + (f" in {scope}" if scope else "")
 
 
 def names_of(x: Any) -> str:
-    owners = [c.owner for c in x.owners] if isinstance(x, Hook) else [x.owner.owner if isinstance(x, Pending) else x.owner]
+    """The kinds of the overlays that a value carries."""
+    owners = (
+        [c.owner for c in x.owners] if isinstance(x, Hook) else [x.owner.owner if isinstance(x, Pending) else x.owner]
+    )
     return ", ".join(type(owner).__name__ for owner in owners)
 
 

@@ -8,13 +8,30 @@ from jax.extend import core as jex
 
 from peftjax import pending, tables
 from peftjax.factored import Weight
-from peftjax.hooked import Hook, Made, Param, Pending, Rows, Site, inner, position, where
+from peftjax.hooked import (
+    Hook,
+    Made,
+    Param,
+    Pending,
+    Rows,
+    Site,
+    inner,
+    position,
+    where,
+)
 from peftjax.pending import views_of_output
 from peftjax.views import Cut, DynamicCut, Layout, Reverse, follow
 
-ELEMENTWISE = {"mul", "add", "sub", "div", "max", "min", "neg", "exp", "log", "abs", "sqrt", "rsqrt", "integer_pow", "pow",
-               "square", "tanh", "logistic", "clamp", "select_n", "sign", "round"}
-KERNEL_OPERAND = {"dot_general": (0, 1), "conv_general_dilated": (1,), "gather": (0,), "ragged_dot_general": (1,), "ragged_dot": (1,)}
+ELEMENTWISE = set(
+    "mul add sub div max min neg exp log abs sqrt rsqrt integer_pow pow square tanh logistic clamp select_n sign round".split()
+)
+KERNEL_OPERAND = {
+    "dot_general": (0, 1),
+    "conv_general_dilated": (1,),
+    "gather": (0,),
+    "ragged_dot_general": (1,),
+    "ragged_dot": (1,),
+}
 
 
 def act(evaluator: Any, eqn: Any, operands: Sequence[Any], plain: Any) -> Sequence[Any]:
@@ -22,7 +39,9 @@ def act(evaluator: Any, eqn: Any, operands: Sequence[Any], plain: Any) -> Sequen
     waiting = [x for x in operands if isinstance(x, Pending)]
     hooks = [x for x in operands if isinstance(x, (Hook, Rows))]
     if len(waiting) + len(hooks) > 1:
-        raise ValueError(where(eqn, waiting + hooks) + ": two overlays of outputs meet in one equation, and neither can act first")
+        raise ValueError(
+            where(eqn, waiting + hooks) + ": two overlays of outputs meet in one equation, and neither can act first"
+        )
     if waiting:
         return pending.act(evaluator, eqn, operands, waiting[0], plain)
     if hooks:
@@ -72,11 +91,19 @@ def _hooked(evaluator: Any, eqn: Any, operands: Sequence[Any], hook: Any, plain:
         _whole(eqn, hook, [a for d in rest[0].features for a in hook.layout.dims[d]])
         batch = [(d, a) for d in rest[0].batch for a in hook.layout.dims[d]]
         return [_fired(evaluator, eqn, run()[0], hook, rest[0].features, batch)]
-    parameters = all(isinstance(x, Param) for x in rest) or all(isinstance(v, jex.Literal) for v in eqn.invars if v is not eqn.invars[k])
+    parameters = all(isinstance(x, Param) for x in rest) or all(
+        isinstance(v, jex.Literal) for v in eqn.invars if v is not eqn.invars[k]
+    )
     if name in ELEMENTWISE and parameters and eqn.outvars[0].aval.shape == hook.layout.shape:
         return [dataclasses.replace(hook, value=y) for y in run()]
-    expected = f"the addition of this bias to the output of {bias}" if bias else "the contraction of this kernel with an activation"
-    raise ValueError(where(eqn, [hook]) + f": it acts on a layer's output; expected {expected}. Attach it to a kernel, or its bias")
+    expected = (
+        f"the addition of this bias to the output of {bias}"
+        if bias
+        else "the contraction of this kernel with an activation"
+    )
+    raise ValueError(
+        where(eqn, [hook]) + f": it acts on a layer's output; expected {expected}. Attach it to a kernel, or its bias"
+    )
 
 
 Batch = Sequence[tuple[int, Any]]
@@ -107,15 +134,23 @@ def _viewed(eqn: Any, hook: Any, y: Any, layout: Layout, edits: Sequence[Any], o
         if any(isinstance(e, (Cut, DynamicCut, Reverse)) for e in edits):
             raise ValueError(where(eqn, [hook]) + ": the table is cut or reversed before its lookup")
         return dataclasses.replace(hook, value=y, layout=layout)
-    cut = [e.atom for e in edits if isinstance(e, (Cut, DynamicCut, Reverse)) and not all(c.has(e.atom) for c in hook.owners)]
+    cut = [
+        e.atom
+        for e in edits
+        if isinstance(e, (Cut, DynamicCut, Reverse)) and not all(c.has(e.atom) for c in hook.owners)
+    ]
     owners = tuple(c.edited(edits, operands) for c in hook.owners)
     return dataclasses.replace(hook, value=y, owners=owners, layout=layout, cut=(*hook.cut, *cut))
 
 
 def _at_contraction(evaluator: Any, eqn: Any, y: Any, hook: Hook, k: int) -> Any:
     """The layer's output changed; a second, different use of a tied leaf is no output of this layer and stays."""
-    if eqn.primitive.name.startswith("ragged") and any(c.has(a) for c in hook.owners for dim in hook.layout.dims for a in dim):
-        raise ValueError(where(eqn, [hook]) + ": a ragged product mixes experts along its rows, and each has its own overlay")
+    if eqn.primitive.name.startswith("ragged") and any(
+        c.has(a) for c in hook.owners for dim in hook.layout.dims for a in dim
+    ):
+        raise ValueError(
+            where(eqn, [hook]) + ": a ragged product mixes experts along its rows, and each has its own overlay"
+        )
     features, batch = contracted(eqn, hook.layout, k)
     own = tuple(a for dim in _kernel_dims(eqn, hook.layout, k) for a in dim)
     if evaluator.layer.setdefault(hook.path, own) != own:
@@ -128,7 +163,9 @@ def _at_contraction(evaluator: Any, eqn: Any, y: Any, hook: Hook, k: int) -> Any
 def _whole(eqn: Any, hook: Hook, own: Sequence[Any]) -> None:
     """Refuses an output of which a view of the leaf has left only a part."""
     if cut := [a for a in own if any(a[: len(c)] == c for c in hook.cut)]:
-        raise ValueError(where(eqn, [hook]) + f": axis {cut[0][0]} is cut before the layer acts, so it has not one output")
+        raise ValueError(
+            where(eqn, [hook]) + f": axis {cut[0][0]} is cut before the layer acts, so it has not one output"
+        )
 
 
 def _kernel_dims(eqn: Any, layout: Layout, k: int) -> list[tuple[Any, ...]]:
@@ -152,7 +189,9 @@ def _fired(evaluator: Any, eqn: Any, y: Any, hook: Hook, features: tuple[int, ..
         evaluator.fire(hook.path, carried.owner, eqn)
         if carried.owner.where == "residual":
             if k + 1 < len(hook.owners):
-                raise ValueError(where(eqn, [hook]) + ": an overlay that waits for the residual add has to be the outermost")
+                raise ValueError(
+                    where(eqn, [hook]) + ": an overlay that waits for the residual add has to be the outermost"
+                )
             return Pending(y, carried, hook.path, features, site.batch)
         y = site.call(carried, "on_output", y)
     return Made(y, hook.path, features, tuple(k for k, _ in batch)) if hook.owners[0].owner.kernel is None else y

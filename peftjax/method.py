@@ -76,7 +76,9 @@ def _encoded(value: Any, where: str) -> Any:
     try:
         json.dumps(value)
     except TypeError:
-        raise ValueError(f"{where} holds {value!r}, which cannot be saved; use patterns instead of a function") from None
+        raise ValueError(
+            f"{where} holds {value!r}, which cannot be saved; use patterns instead of a function"
+        ) from None
     return value
 
 
@@ -186,7 +188,9 @@ def _leaf(path: str, value: Any, roles: Roles | None, key: jax.Array) -> Leaf:
     if role is not None and role.op == "unused":
         raise ValueError(f"{path} is never used by the model: what would train there could change nothing")
     if role is None and len(kind.shape) > 2:
-        raise ValueError(f"{path} has {len(kind.shape)} axes, and only roles can tell inputs from outputs; pass `roles=`")
+        raise ValueError(
+            f"{path} has {len(kind.shape)} axes, and only roles can tell inputs from outputs; pass `roles=`"
+        )
     axes = role.axes if role is not None else {0: "", 1: "o", 2: "io"}[len(kind.shape)]
     depth = sum(1 for _ in layers(value))
     own = jax.random.fold_in(jax.random.fold_in(key, zlib.crc32(path.encode())), depth)

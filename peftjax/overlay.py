@@ -106,7 +106,13 @@ def _bare(self: Overlay, *args: Any) -> Any:
     raise TypeError(BARE.format(type(self).__name__))
 
 
-for _name in ("getitem", "len", "iter", "neg", *(p + n for n in ("add", "sub", "mul", "matmul", "truediv", "pow") for p in ("", "r"))):
+for _name in (
+    "getitem",
+    "len",
+    "iter",
+    "neg",
+    *(p + n for n in ("add", "sub", "mul", "matmul", "truediv", "pow") for p in ("", "r")),
+):
     setattr(Overlay, f"__{_name}__", _bare)
 
 

@@ -12,6 +12,7 @@ from peftjax.views import Layout, follow
 
 
 def act(evaluator: Any, eqn: Any, operands: Sequence[Any], h: Pending, plain: Any) -> Sequence[Any]:
+    """The outputs of an equation that meets a waiting output: it goes on waiting, meets its residual, or raises."""
     name, k = eqn.primitive.name, position(operands, h)
     rest = [x for j, x in enumerate(operands) if j != k]
     run = lambda: plain([inner(x) if x is not h else h.value for x in operands])
@@ -26,7 +27,8 @@ def act(evaluator: Any, eqn: Any, operands: Sequence[Any], h: Pending, plain: An
         evaluator.met(h.path, eqn)
         return [out]
     raise ValueError(
-        where(eqn, [h]) + ": the output waits for its residual add, and only views and operations linear in it may come "
+        where(eqn, [h])
+        + ": the output waits for its residual add, and only views and operations linear in it may come "
         'before; attach the overlay with where="output", or to a layer whose output is added to the stream'
     )
 
@@ -34,7 +36,9 @@ def act(evaluator: Any, eqn: Any, operands: Sequence[Any], h: Pending, plain: An
 def _moved(eqn: Any, h: Pending, y: Any, move: "Move") -> Pending:
     features, batch = move(h.features), [d for k, _ in h.batch for d in move((k,)) or ()]
     if features is None or len(batch) < len(h.batch):
-        raise ValueError(where(eqn, [h]) + ": the features of the waiting output are folded into other axes by a reshape")
+        raise ValueError(
+            where(eqn, [h]) + ": the features of the waiting output are folded into other axes by a reshape"
+        )
     return dataclasses.replace(h, value=y, features=features, batch=tuple((b, a) for b, (_, a) in zip(batch, h.batch)))
 
 

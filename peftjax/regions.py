@@ -66,7 +66,9 @@ def _constrained(body: Any, p: dict[str, Any]) -> Any:
         return body
 
     def constrained(*operands: Any) -> Any:
-        place = lambda x, s: x if compat.is_unspecified(s) or not isinstance(x, jax.Array) else lax.with_sharding_constraint(x, s)
+        place = lambda x, s: (
+            x if compat.is_unspecified(s) or not isinstance(x, jax.Array) else lax.with_sharding_constraint(x, s)
+        )
         return body(*map(place, operands, p["in_shardings"]))
 
     constrained.__name__ = body.__name__

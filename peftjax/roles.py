@@ -5,7 +5,7 @@ from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import jax
 
-from peftjax.evaluate import Call
+from peftjax.call import Call
 from peftjax.overlay import type_of
 from peftjax.role_book import CONTRACTED, Book, Notes
 from peftjax.role_values import Act, Derived, Fixed, Head, Track, Value, heads

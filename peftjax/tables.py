@@ -54,7 +54,9 @@ def _vocabulary(eqn: Any, table: Rows) -> int:
 def _named(eqn: Any, ids: Any, table: Rows) -> tuple[Any, Any]:
     """Which ids name further rows, and those rows (of the last one where they do not)."""
     if isinstance(ids, Bounded):
-        raise ValueError(where(eqn, [table]) + ": the ids were clipped or wrapped before, so none can name a further row")
+        raise ValueError(
+            where(eqn, [table]) + ": the ids were clipped or wrapped before, so none can name a further row"
+        )
     ids, rows = inner(ids), table.owner.rows()
     size = table.layout.shape[_vocabulary(eqn, table)]
     if jnp.iinfo(ids.dtype).max < size + len(rows) - 1:

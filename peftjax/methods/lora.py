@@ -157,7 +157,9 @@ def _scale(leaf: Leaf, value: float, layers: Sequence[int] | None) -> jax.Array:
     if layers is None:
         return scale
     if "s" not in leaf.axes:
-        raise ValueError(f"lora: layers={tuple(layers)} at {leaf.path}, which is not stacked: name its path in `targets`")
+        raise ValueError(
+            f"lora: layers={tuple(layers)} at {leaf.path}, which is not stacked: name its path in `targets`"
+        )
     axis = [x for x in leaf.axes if x in "sb"].index("s")
     if bad := [k for k in layers if not 0 <= k < shape[axis]]:
         raise ValueError(f"lora: layers {bad} at {leaf.path}; it stacks {shape[axis]} layers, 0 to {shape[axis] - 1}")

@@ -55,9 +55,15 @@ def unfreeze(targets: Targets, *, exclude: Targets = ()) -> Method:
 
 def _full(leaf: Leaf) -> Full:
     if is_overlay(leaf.value):
-        raise ValueError(f"unfreeze: {leaf.path} already holds {leaf.value!r}, which would act no more; exclude the leaf")
+        raise ValueError(
+            f"unfreeze: {leaf.path} already holds {leaf.value!r}, which would act no more; exclude the leaf"
+        )
     # A view of the buffer would die with it when a train step donates the trainable tree.
-    return Full(base=leaf.value, value=jnp.array(leaf.value, wide_dtype(leaf.type.dtype), copy=True), scale=jnp.ones((), jnp.float32))
+    return Full(
+        base=leaf.value,
+        value=jnp.array(leaf.value, wide_dtype(leaf.type.dtype), copy=True),
+        scale=jnp.ones((), jnp.float32),
+    )
 
 
 def bitfit() -> Method:
@@ -106,7 +112,9 @@ def head() -> Method:
 
 
 def _in_head(role: Role | None, roles: Any) -> bool:
-    return role is not None and (role.head or (role.op == "bias" and role.kernel is not None and roles[role.kernel].head))
+    return role is not None and (
+        role.head or (role.op == "bias" and role.kernel is not None and roles[role.kernel].head)
+    )
 
 
 @method
@@ -136,4 +144,6 @@ def last_layers(n: int) -> Method:
 
 def _needed(roles: Any, name: str) -> None:
     if roles is None:
-        raise ValueError(f"{name} counts on what the model does with its leaves: pass `roles=peftjax.roles(fn, params, batch)`")
+        raise ValueError(
+            f"{name} counts on what the model does with its leaves: pass `roles=peftjax.roles(fn, params, batch)`"
+        )

@@ -1,0 +1,133 @@
+"""The interpreter: runs a jaxpr whose values may be operators, or carry overlays, through the rules of both."""
+
+import dataclasses
+import functools
+from typing import Any, Sequence
+
+from jax.extend import core as jex
+
+from peftjax import compat, hooks, regions, rules, tables
+from peftjax.factored import Weight, dense
+from peftjax.hooked import HOOKED, Hook, Pending, Rows, inner, is_marked
+
+LIVE = (Weight, *HOOKED)
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """What one equation did with one overlay: `how` is "acted", "merged", "left alone", "met the residual" or "unused"."""
+
+    path: str
+    overlay: str
+    how: str
+    primitive: str
+    where: str
+
+
+class Evaluator:
+    """Evaluates jaxprs whose values may be operators or carry overlays, and notes what each overlay did."""
+
+    def __init__(self, names: dict[str, str], tables: bool = False) -> None:
+        self.names = names
+        self.tables = tables
+        self.events: list[Event] = []
+        self.waiting: list[str] = []
+        self.stacks: list[str] = []
+        self.layer: dict[str, Any] = {}
+
+    def run(self, closed: Any, args: Sequence[Any]) -> list[Any]:
+        """The outputs of a closed jaxpr; those that are more than arrays come back as what they are."""
+        jaxpr = closed.jaxpr
+        env: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts)) | dict(zip(jaxpr.invars, args))
+        read = lambda v: v.val if isinstance(v, jex.Literal) else env[v]
+        for eqn in jaxpr.eqns:
+            operands = [read(v) for v in eqn.invars]
+            inside = self.tables and regions.runs_once(eqn)  # ids are clipped, and coded, in regions of their own
+            if inside or any(isinstance(x, LIVE) for x in operands):
+                with compat.scope(eqn):
+                    outs = self.step(eqn, operands, jaxpr.debug_info)
+            else:
+                outs = compat.single(eqn, operands, jaxpr.debug_info)
+            if self.tables and eqn.primitive.name not in regions.REGIONS:
+                outs = tables.notice(eqn, operands, outs)
+            env.update(zip(eqn.outvars, outs))
+        return [read(v) for v in jaxpr.outvars]
+
+    def step(self, eqn: Any, operands: Sequence[Any], debug_info: Any) -> Sequence[Any]:
+        """The outputs of one equation, some of whose operands are more than arrays."""
+        region = regions.REGIONS.get(eqn.primitive.name)
+        if region is not None:
+            self.stacks.append(str(eqn.source_info.name_stack))
+            outs = region(self, eqn, operands)
+            self.stacks.pop()
+            return outs
+        plain = functools.partial(self.plain, eqn, debug_info)
+        return hooks.act(self, eqn, operands, plain) if is_marked(operands) else plain(operands)
+
+    def plain(self, eqn: Any, debug_info: Any, operands: Sequence[Any]) -> Sequence[Any]:
+        """The outputs of an equation on arrays and operators: by a rule, or with the operators merged."""
+        run = lambda eqn, operands: compat.single(eqn, operands, debug_info, named=False)
+        if not any(isinstance(x, Weight) for x in operands):
+            return run(eqn, operands)
+        outs = rules.act(eqn, operands, run)
+        if outs is None:
+            return run(eqn, [self.merged(x, eqn) for x in operands])
+        if eqn.primitive.name in rules.CONTRACTIONS:
+            self.note([x for x in operands if isinstance(x, Weight)], eqn, "acted")
+        return outs
+
+    def merged(self, x: Any, eqn: Any = None) -> Any:
+        """The array that a value stands for; merging an operator is noted, and an overlay of outputs refuses."""
+        x = inner(x)
+        if isinstance(x, (Hook, Rows, Pending)):
+            where = eqn.primitive.name if eqn is not None else "the function's output"
+            raise ValueError(f"the overlay at {x.path} reached {where} before it could act on its layer's output")
+        if not isinstance(x, Weight):
+            return x
+        x = x if eqn is None else x.only_for(eqn.primitive.name)
+        if x.plain is None:
+            self.note([x], eqn, "merged")
+        return dense(x)
+
+    def note(self, weights: Sequence[Weight], eqn: Any, how: str) -> None:
+        """Remembers what an equation did with these operators."""
+        self.events += [self.event(w.path, how, eqn) for w in weights]
+
+    def event(self, path: str, how: str, eqn: Any, overlay: str | None = None) -> Event:
+        """What an equation (None: the function's output) did with the overlay at a path."""
+        name = eqn.primitive.name if eqn is not None else "output"
+        return Event(path, overlay or self.names[path], how, name, self.scope_of(eqn) if eqn is not None else "")
+
+    def scope_of(self, eqn: Any) -> str:
+        """The name stack of an equation, with those of the regions around it."""
+        return "/".join(filter(None, (*self.stacks, str(eqn.source_info.name_stack))))
+
+    def fire(self, path: str, owner: Any, eqn: Any) -> None:
+        """Remembers that an overlay of outputs or rows met its equation."""
+        self.events.append(self.event(path, "acted", eqn, type(owner).__name__))
+        if getattr(owner, "where", "output") == "residual":
+            self.waiting.append(path)
+
+    def met(self, path: str, eqn: Any) -> None:
+        """Remembers that a waiting output met its residual add."""
+        self.waiting.remove(path)
+        self.events.append(self.event(path, "met the residual", eqn))
+
+    def refuse_inner_gradient(self, eqn: Any, path: str) -> None:
+        """Overlays of outputs do not act in a derivative that the function itself takes."""
+        stack = self.scope_of(eqn)
+        if "jvp(" in stack or "transpose(" in stack:
+            raise ValueError(
+                f"the overlay at {path} lies inside a derivative that the function takes itself ({stack}): its equations "
+                "are those of the bare layer. Overlays of weights, such as lora, are exact there"
+            )
+
+    def finish(self, expected: Sequence[str]) -> None:
+        """Raises if an overlay of outputs or rows never acted."""
+        acted = {e.path for e in self.events}
+        if missed := [p for p in expected if p not in acted]:
+            raise ValueError(f"never reached by the model, so their overlays did nothing: {', '.join(missed)}")
+        if self.waiting:
+            raise ValueError(
+                f"the outputs of {', '.join(self.waiting)} never met a residual add, which their overlays wait for"
+            )
