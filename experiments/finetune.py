@@ -6,6 +6,7 @@ python experiments/finetune.py --config.data=mine.csv --config.text=sentence --c
 """
 
 import dataclasses
+import os
 import sys
 import time
 from pathlib import Path
@@ -128,7 +129,7 @@ def _numbers(results: list[baselines.Result], trained: Trained) -> dict[str, Any
 
 def main(_: list[str]) -> None:
     """Runs the configuration that the flags give."""
-    if jax.config.jax_compilation_cache_dir is None:  # compiling takes as long as an epoch: once is enough
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # compiling takes as long as an epoch: once is enough
         jax.config.update("jax_compilation_cache_dir", str(assets.home() / "compiled"))
     try:
         run(CONFIG.value, Console())

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import conftest  # noqa: F401  (eight devices, and promotions that raise)
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
@@ -590,9 +589,8 @@ def _holds(law: int, method: str, model: str) -> bool:
 def main(folder: pathlib.Path, write: bool, workers: int = 2) -> None:
     """Prints the table, a row a model; `write` keeps it, dated."""
     lines = [f"| {' | '.join(cells)} |" for cells in (("model", *METHODS), ("---",) * (1 + len(METHODS)))]
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, spawn, max_tasks_per_child=8) as pool:
-        for model, cells in zip(MODELS, pool.map(row, MODELS)):
+    with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=8) as pool:
+        for model, cells in zip(MODELS, pool.imap(row, MODELS)):
             lines.append(f"| {' | '.join((model, *cells))} |")
             print(lines[-1], flush=True)
     said = f"""# The laws, METHODS x MODELS
