@@ -33,8 +33,8 @@ class Tokens:
 
 
 def lengths(longest: int, fixed: bool) -> tuple[int, ...]:
-    """The lengths of batches: the longest alone, or multiples of a quarter of it, each compiled once."""
-    return (longest,) if fixed else tuple(sorted({-(-longest * k // 4) for k in (1, 2, 3, 4)}))
+    """The lengths of batches: the longest alone, or some eighths of it, each compiled once."""
+    return (longest,) if fixed else tuple(sorted({-(-longest * k // 8) for k in (2, 3, 4, 5, 6, 8)}))
 
 
 def batches(
