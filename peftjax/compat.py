@@ -100,3 +100,10 @@ def like(y: Any, kind: Any) -> Any:
     if explicit_spec(y) is None or kind.sharding.mesh.empty or jax.typeof(y).sharding == kind.sharding:
         return y
     return jax.sharding.reshard(y, kind.sharding)
+
+
+def gathered(x: Any) -> Any:
+    """x whole on every device, where its mesh has explicit axes (a decomposition refuses a matrix in parts); else x."""
+    if explicit_spec(x) is None:
+        return x
+    return jax.sharding.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec()))

@@ -6,6 +6,7 @@ from typing import Any, Callable
 import jax
 import jax.numpy as jnp
 
+from peftjax import compat
 from peftjax.method import Leaf
 
 
@@ -47,7 +48,8 @@ def _matrices(leaf: Leaf, rank: int, factors: Callable[[Any, Any], tuple[Any, An
     groups = {letter: [k for k, x in enumerate(leaf.axes) if x in letter] for letter in ("sb", "i", "o")}
     order = [k for group in groups.values() for k in group]
     n_in, n_out = math.prod(leaf.sizes("i")), math.prod(leaf.sizes("o"))
-    w = jnp.transpose(leaf.dense.astype(jnp.float32), order).reshape(-1, n_in, n_out)
+    w = compat.gathered(leaf.dense.astype(jnp.float32))
+    w = jnp.transpose(w, order).reshape(-1, n_in, n_out)
     a, b = jax.vmap(factors)(w, jax.random.split(leaf.key, len(w)))
     lead = [(k,) for k in groups["sb"]]
     laid = []
