@@ -53,7 +53,7 @@ def table(results: Sequence[Result], rows: int) -> Table:
     """The results side by side."""
     shown = Table(title=f"Test accuracy, {rows:,} rows")
     shown.add_column("method")
-    for name in ("accuracy", "parameters that train", "seconds"):
+    for name in ("accuracy", "trainable", "seconds"):
         shown.add_column(name, justify="right")
     for r in results:
         shown.add_row(r.name, f"{r.accuracy:.3f} ± {r.error:.3f}", f"{r.trainable:,}", f"{r.seconds:.1f}")

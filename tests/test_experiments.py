@@ -76,7 +76,7 @@ def test_a_run_prints_a_table(finished):
         "examples/s",
         "epoch 2: validation accuracy",
         "Test accuracy, 30 rows",
-        "parameters that train",
+        "trainable",
         *(r.name for r in results),
     ):
         assert part in printed
