@@ -52,6 +52,17 @@ def wrap(fn: Callable[P, R]) -> Callable[P, R]:
       >>> pj.wrap(fn)(tuned, jnp.ones((1, 3)))
       Array([[3., 3.]], dtype=float32)
     """
+    return runner(fn, functools.partial(_evaluate, fn))
+
+
+Evaluate = Callable[[Call, Sequence[Any]], tuple[Any, Evaluator]]
+
+
+def runner(fn: Callable[P, R], evaluate: Evaluate, before: Callable[[Call], None] | None = None) -> Callable[P, R]:
+    """The function of a tree with overlays that `evaluate` runs; without an overlay, `fn` itself.
+
+    `before(call)` sees the arguments of every call, with their values where they have any.
+    """
     programs: dict[Any, Any] = {}
 
     @functools.wraps(fn)
@@ -59,13 +70,16 @@ def wrap(fn: Callable[P, R]) -> Callable[P, R]:
         call = Call.of(params, args, kwargs)
         if not any(map(is_overlay, call.leaves)):
             return fn(params, *args, **kwargs)  # type: ignore[call-arg]
+        if before is not None:
+            before(call)
         given = [call.leaves[k] for k in call.dynamic]
         if any(map(compat.is_traced, jax.tree.leaves(given))):
-            out, _ = _evaluate(fn, call, given)
+            out, _ = evaluate(call, given)
         else:
-            out = _program(programs, fn, call)(*given)
+            out = _program(programs, evaluate, call)(*given)
         return jax.tree.map(lambda x: given[x.index] if isinstance(x, Passed) else x, out, is_leaf=_is_passed)
 
+    wrapped.evaluate = evaluate  # type: ignore[attr-defined]
     return wrapped  # type: ignore[return-value]
 
 
@@ -73,8 +87,8 @@ def _is_passed(x: Any) -> bool:
     return isinstance(x, Passed)
 
 
-def _program(programs: dict[Any, Any], fn: Any, call: Call) -> Any:
-    make = lambda: jax.jit(lambda *given: _evaluate(fn, call, given)[0])
+def _program(programs: dict[Any, Any], evaluate: Evaluate, call: Call) -> Any:
+    make = lambda: jax.jit(lambda *given: evaluate(call, given)[0])
     try:
         key = call.static
         if key not in programs:
@@ -85,14 +99,31 @@ def _program(programs: dict[Any, Any], fn: Any, call: Call) -> Any:
 
 
 def _evaluate(fn: Any, call: Call, given: Sequence[Any]) -> tuple[Any, Evaluator]:
+    for k, x in zip(call.dynamic, given):
+        if needs := [o for o in layers(x) if o.virtual or o.sequential]:
+            raise ValueError(
+                f"{call.paths.get(k)} holds {needs[0]!r}, which acts on the tokens of a sequence, and `wrap` does not know "
+                "them; expected `peftjax.wrap_tokens(fn, ids=..., mask=...)(tuned, ...)`, which names the arguments"
+            )
+    closed, shape = traced(fn, call, [type_of(x) for x in given])
+    return evaluated(closed, shape, call, given)
+
+
+def traced(fn: Any, call: Call, types: Sequence[Any]) -> tuple[Any, Any]:
+    """The function's jaxpr on arguments of these types, and the tree of its outputs' types."""
+
     def flat(*arrays: Any) -> Any:
         params, args, kwargs = call.filled(arrays)
         return fn(params, *args, **kwargs)
 
-    closed, shape = jax.make_jaxpr(flat, return_shape=True)(*map(type_of, given))
+    return jax.make_jaxpr(flat, return_shape=True)(*types)
+
+
+def evaluated(closed: Any, shape: Any, call: Call, given: Sequence[Any], sequence: Any = None) -> tuple[Any, Evaluator]:
+    """The outputs of a traced function on arguments with overlays; `sequence` says where its equations have tokens."""
     paths = [call.paths.get(k, f"argument {k}") for k in call.dynamic]
     names = {p: type(x).__name__ for p, x in zip(paths, given) if is_overlay(x)}
-    evaluator = Evaluator(names, tables=any(isinstance(o, Table) for x in given for o in layers(x)))
+    evaluator = Evaluator(names, any(isinstance(o, Table) for x in given for o in layers(x)), sequence)
     tails = [p for p, x in zip(paths, given) if any(isinstance(o, (Output, Table)) for o in layers(x))]
     if tails:
         values = [carried(x, p) if k in call.paths else x for k, x, p in zip(call.dynamic, given, paths)]
@@ -124,7 +155,7 @@ def explain(fn: Callable[..., Any], tuned: Any, *args: Any, **kwargs: Any) -> Ex
     """Where each overlay of a tuned tree acts when `fn(tuned, ...)` runs, and where it is merged instead.
 
     Args:
-      fn: the model's function, not wrapped.
+      fn: the model's function, not wrapped; or what `wrap_tokens` made of it, where the tree has virtual tokens.
       tuned: a tree with overlays; abstract leaves (`jax.ShapeDtypeStruct`) serve as well.
       *args, **kwargs: its further arguments.
 
@@ -141,14 +172,15 @@ def explain(fn: Callable[..., Any], tuned: Any, *args: Any, **kwargs: Any) -> Ex
       w     LoRA     acted  dot_general         1
     """
     call = Call.of(tuned, args, kwargs)
+    evaluate = getattr(fn, "evaluate", functools.partial(_evaluate, fn))
     found: list[Evaluator] = []
 
-    def traced(*given: Any) -> Any:
-        out, evaluator = _evaluate(fn, call, given)
+    def run(*given: Any) -> Any:
+        out, evaluator = evaluate(call, given)
         found.append(evaluator)
         return out
 
-    jax.eval_shape(traced, *(call.leaves[k] for k in call.dynamic))
+    jax.eval_shape(run, *(call.leaves[k] for k in call.dynamic))
     events, names = found[0].events, found[0].names
     seen = {e.path for e in events}
     return Explanation((*events, *(Event(p, n, "unused", "-", "") for p, n in names.items() if p not in seen)))

@@ -27,9 +27,10 @@ class Event:
 class Evaluator:
     """Evaluates jaxprs whose values may be operators or carry overlays, and notes what each overlay did."""
 
-    def __init__(self, names: dict[str, str], tables: bool = False) -> None:
+    def __init__(self, names: dict[str, str], tables: bool = False, sequence: Any = None) -> None:
         self.names = names
         self.tables = tables
+        self.sequence = sequence  # a `tokens.Sequence`: where the equations have tokens; None under a plain `wrap`
         self.events: list[Event] = []
         self.waiting: list[str] = []
         self.stacks: list[str] = []
@@ -102,6 +103,15 @@ class Evaluator:
         """The name stack of an equation, with those of the regions around it."""
         return "/".join(filter(None, (*self.stacks, str(eqn.source_info.name_stack))))
 
+    def tokens(self, eqn: Any, path: str, owners: Sequence[Any], others: Sequence[int]) -> tuple[Any, Any]:
+        """The axis of tokens in an equation's output, and which of them are virtual; `others` are axes that it is not."""
+        if self.sequence is None:
+            return None, None
+        axis = self.sequence.axis(eqn, others)
+        if isinstance(axis, str) and (needy := [o for o in owners if o.virtual or o.sequential]):
+            raise ValueError(f"{needy[0]!r} at {path} acts on tokens, and {axis} (at {self.scope_of(eqn)})")
+        return (None if isinstance(axis, str) else axis), self.sequence.span
+
     def fire(self, path: str, owner: Any, eqn: Any) -> None:
         """Remembers that an overlay of outputs or rows met its equation."""
         self.events.append(self.event(path, "acted", eqn, type(owner).__name__))
@@ -124,7 +134,7 @@ class Evaluator:
 
     def finish(self, expected: Sequence[str]) -> None:
         """Raises if an overlay of outputs or rows never acted."""
-        acted = {e.path for e in self.events}
+        acted = {e.path for e in self.events if e.how != "left alone"}
         if missed := [p for p in expected if p not in acted]:
             raise ValueError(f"never reached by the model, so their overlays did nothing: {', '.join(missed)}")
         if self.waiting:

@@ -5,7 +5,7 @@ from typing import Any, Callable, Sequence, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+
 
 from peftjax.factored import Factor, expand
 from peftjax.overlay import Output, Overlay, Table, layers
@@ -108,45 +108,6 @@ class Pending:
     batch: tuple[tuple[int, Any], ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class Site:
-    """Where an output overlay fires: its leaf's path, the output's feature axes, the equation's name.
-
-    `batch` pairs the output's axes of experts with the leaf's: each expert has its own part of the overlay.
-    """
-
-    path: str
-    features: tuple[int, ...]
-    batch: tuple[tuple[int, Any], ...]
-    primitive: str
-    scope: str
-
-    def flat(self, y: Any) -> Any:
-        """y with its feature axes flattened into one last axis."""
-        rest = [k for k in range(y.ndim) if k not in self.features]
-        return lax.transpose(y, (*rest, *self.features)).reshape([y.shape[k] for k in rest] + [-1])
-
-    def back(self, flat: Any, like: Any) -> Any:
-        """The inverse of `flat`, in the dtype of the array it came from."""
-        rest = [k for k in range(like.ndim) if k not in self.features]
-        order = (*rest, *self.features)
-        y = flat.reshape([like.shape[k] for k in order])
-        return lax.transpose(y, [order.index(k) for k in range(like.ndim)]).astype(like.dtype)
-
-    def call(self, carried: Carried, name: str, *ys: Any) -> Any:
-        """The overlay's function of these outputs, each expert by itself."""
-        rest = [k for k in range(ys[0].ndim) if k not in self.features]
-        fields = {n: f.array for n, f in carried.fields.items()}
-        axes = {n: list(f.atoms) for n, f in carried.fields.items()}
-        run = lambda fields, *ys: getattr(carried.owner.replace(**fields), name)(*ys, self)
-        for position, atom in sorted(self.batch, reverse=True):
-            at = {n: a.index(atom) if atom in a else None for n, a in axes.items()}
-            where = rest.index(position)
-            run = jax.vmap(run, in_axes=(at, *(where for _ in ys)), out_axes=where)
-            axes = {n: [x for x in a if x != atom] for n, a in axes.items()}
-        return self.back(run(fields, *map(self.flat, ys)), ys[0])
-
-
 def carried(leaf: Any, path: str) -> Any:
     """What a leaf of a tree with output or table overlays is while it flows through the model."""
     found = tuple(layers(leaf)) if isinstance(leaf, Overlay) else ()
@@ -156,7 +117,7 @@ def carried(leaf: Any, path: str) -> Any:
         value = x.replace(base=value)
     value = expand(value, path) if weights else value
     layout = Layout.of(jnp.shape(leaf.bottom if found else leaf))
-    outputs = tuple(Carried.of(x) for x in reversed(found) if isinstance(x, Output))
+    outputs = tuple(Carried.of(x.ready()) for x in reversed(found) if isinstance(x, Output))
     tables = [x.replace(base=None) for x in found if isinstance(x, Table)]
     if len(tables) > 1 or (tables and outputs):
         raise ValueError(

@@ -8,18 +8,9 @@ from jax.extend import core as jex
 
 from peftjax import pending, tables
 from peftjax.factored import Weight
-from peftjax.hooked import (
-    Hook,
-    Made,
-    Param,
-    Pending,
-    Rows,
-    Site,
-    inner,
-    position,
-    where,
-)
+from peftjax.hooked import Hook, Made, Param, Pending, Rows, inner, position, where
 from peftjax.pending import views_of_output
+from peftjax.site import Site
 from peftjax.views import Cut, DynamicCut, Layout, Reverse, follow
 
 ELEMENTWISE = set(
@@ -88,9 +79,10 @@ def _hooked(evaluator: Any, eqn: Any, operands: Sequence[Any], hook: Any, plain:
     if bias is None and k in KERNEL_OPERAND.get(name, ()):
         return [_at_contraction(evaluator, eqn, run()[0], hook, k)]
     if bias is not None and name == "add" and isinstance(rest[0], Made) and rest[0].path == bias:
-        _whole(eqn, hook, [a for d in rest[0].features for a in hook.layout.dims[d]])
+        own = tuple(a for d in rest[0].features for a in hook.layout.dims[d])
+        _whole(eqn, hook, own)
         batch = [(d, a) for d in rest[0].batch for a in hook.layout.dims[d]]
-        return [_fired(evaluator, eqn, run()[0], hook, rest[0].features, batch)]
+        return [_fired(evaluator, eqn, run()[0], hook, rest[0].features, batch, own)]
     parameters = all(isinstance(x, Param) for x in rest) or all(
         isinstance(v, jex.Literal) for v in eqn.invars if v is not eqn.invars[k]
     )
@@ -157,7 +149,7 @@ def _at_contraction(evaluator: Any, eqn: Any, y: Any, hook: Hook, k: int) -> Any
         evaluator.events.append(evaluator.event(hook.path, "left alone", eqn))
         return y
     _whole(eqn, hook, own)
-    return _fired(evaluator, eqn, y, hook, features, batch)
+    return _fired(evaluator, eqn, y, hook, features, batch, own)
 
 
 def _whole(eqn: Any, hook: Hook, own: Sequence[Any]) -> None:
@@ -182,9 +174,12 @@ def _kernel_dims(eqn: Any, layout: Layout, k: int) -> list[tuple[Any, ...]]:
     return [layout.dims[-1]]
 
 
-def _fired(evaluator: Any, eqn: Any, y: Any, hook: Hook, features: tuple[int, ...], batch: Batch) -> Any:
+def _fired(
+    evaluator: Any, eqn: Any, y: Any, hook: Hook, features: tuple[int, ...], batch: Batch, own: tuple[Any, ...]
+) -> Any:
     evaluator.refuse_inner_gradient(eqn, hook.path)
-    site = Site(hook.path, features, tuple(batch), eqn.primitive.name, evaluator.scope_of(eqn))
+    tokens = evaluator.tokens(eqn, hook.path, [c.owner for c in hook.owners], (*features, *(k for k, _ in batch)))
+    site = Site(hook.path, features, tuple(batch), eqn.primitive.name, evaluator.scope_of(eqn), own, *tokens)
     for k, carried in enumerate(hook.owners):
         evaluator.fire(hook.path, carried.owner, eqn)
         if carried.owner.where == "residual":

@@ -54,6 +54,8 @@ class Overlay:
     kinds: dict[str, str]
     base: Any
     locked: tuple[str, ...]
+    virtual: int = 0  # how many virtual tokens it needs in the sequence: only `peftjax.wrap_tokens` runs it then
+    sequential: bool = False  # whether it reads `site.sequence`, the axis of tokens: only `wrap_tokens` knows it
 
     @property
     def type(self) -> Any:
@@ -160,6 +162,10 @@ class Output(Overlay):
     merges = False
     kernel: str | None
     where: str
+
+    def ready(self) -> "Output":
+        """What acts in its place in one call: an overlay whose fields may be computed from its own."""
+        return self
 
     def on_output(self, y: Any, site: Any) -> Any:
         """The layer's output, of y's shape, from its base's output `y` (..., F)."""

@@ -7,7 +7,8 @@ from typing import Any, Callable, Sequence
 import jax.numpy as jnp
 from jax.extend import core as jex
 
-from peftjax.hooked import Param, Pending, Site, inner, position, where
+from peftjax.hooked import Param, Pending, inner, position, where
+from peftjax.site import Site
 from peftjax.views import Layout, follow
 
 
@@ -22,7 +23,8 @@ def act(evaluator: Any, eqn: Any, operands: Sequence[Any], h: Pending, plain: An
         return [dataclasses.replace(h, value=run()[0])]
     if name in ("add", "add_any") and jnp.shape(inner(rest[0])) == jnp.shape(h.value):
         evaluator.refuse_inner_gradient(eqn, h.path)
-        site = Site(h.path, h.features, h.batch, name, evaluator.scope_of(eqn))
+        tokens = evaluator.tokens(eqn, h.path, [h.owner.owner], (*h.features, *(d for d, _ in h.batch)))
+        site = Site(h.path, h.features, h.batch, name, evaluator.scope_of(eqn), (), *tokens)
         out = site.call(h.owner, "on_residual", h.value, evaluator.merged(rest[0], eqn))
         evaluator.met(h.path, eqn)
         return [out]
@@ -34,7 +36,7 @@ def act(evaluator: Any, eqn: Any, operands: Sequence[Any], h: Pending, plain: An
 
 
 def _moved(eqn: Any, h: Pending, y: Any, move: "Move") -> Pending:
-    features, batch = move(h.features), [d for k, _ in h.batch for d in move((k,)) or ()]
+    features, batch = (move(h.features), [d for k, _ in h.batch for d in move((k,)) or ()])
     if features is None or len(batch) < len(h.batch):
         raise ValueError(
             where(eqn, [h]) + ": the features of the waiting output are folded into other axes by a reshape"

@@ -31,8 +31,14 @@ def notice(eqn: Any, operands: Sequence[Any], outs: Sequence[Any]) -> Sequence[A
 
 
 def read(evaluator: Any, eqn: Any, operands: Sequence[Any], table: Rows, plain: Any) -> Sequence[Any]:
-    """A use of the longer table: by a gather, or by a contraction with a one-hot code."""
+    """A use of the longer table: by a gather, or by a contraction with a one-hot code.
+
+    A tied output head contracts the features: its logits are those of the vocabulary, and further rows have none.
+    """
     others = [x for x in operands if x is not table]
+    if _is_head(eqn, operands, table):
+        evaluator.events.append(evaluator.event(table.path, "left alone", eqn))
+        return plain([table.value if x is table else inner(x) for x in operands])
     evaluator.refuse_inner_gradient(eqn, table.path)
     if eqn.primitive.name == "gather":
         found = _gathered(evaluator, eqn, others[0], table, plain)
@@ -42,6 +48,13 @@ def read(evaluator: Any, eqn: Any, operands: Sequence[Any], table: Rows, plain: 
         raise ValueError(where(eqn, [table]) + ": further rows are read by a lookup, or by the one-hot code of ids")
     evaluator.fire(table.path, table.owner, eqn)
     return [found]
+
+
+def _is_head(eqn: Any, operands: Sequence[Any], table: Rows) -> bool:
+    if eqn.primitive.name != "dot_general":
+        return False
+    contract, batch = (d[position(operands, table)] for d in eqn.params["dimension_numbers"])
+    return not batch and [table.layout.dims[k] for k in contract] == [((1,),)]
 
 
 def _vocabulary(eqn: Any, table: Rows) -> int:

@@ -273,6 +273,18 @@ def test_a_table_that_cannot_be_looked_up_raises(fn, message):
         pj.wrap(fn)(table_params(), jnp.array([0, 5]))
 
 
+def test_a_tied_head_gives_logits_of_the_vocabulary_alone():
+    fn = lambda p, ids: jnp.tanh(p["table"][ids]) @ p["table"].T
+    ids = jnp.array([[0, 5, 4], [6, 1, 5]])
+    params = table_params()
+    longer = jnp.concatenate([params["table"].base, params["table"].more])
+    got = pj.wrap(fn)(params, ids)
+    np.testing.assert_allclose(got, jnp.tanh(longer[ids]) @ params["table"].base.T, rtol=1e-6)
+    assert [e.how for e in pj.explain(fn, params, ids)] == ["acted", "left alone"]
+    with pytest.raises(ValueError, match="never reached by the model.*table"):
+        pj.wrap(lambda p, x: x @ p["table"].T)(params, jnp.ones((1, 2), jnp.float32))
+
+
 def test_narrow_ids_raise():
     def lookup(p, ids):
         numbers = jax.lax.GatherDimensionNumbers((1,), (0,), (0,))
