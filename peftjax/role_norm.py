@@ -91,7 +91,7 @@ def _joined(name: str, levels: str, parts: Sequence[Derived]) -> Derived | None:
         return dataclasses.replace(a, eps=a.eps or b.eps, root=a.root or b.root, scale=scale)
     whole, statistic = (a, b) if levels[1] == "r" else (b, a)
     if name in ("sub", *ADDS) and not statistic.root:
-        return whole
+        return dataclasses.replace(whole, centred=whole.centred or whole.level == "x")
     if name in MULS and statistic.root and whole.level == "x":
-        return dataclasses.replace(statistic, level="n")
+        return dataclasses.replace(statistic, level="n", centred=whole.centred)
     return whole if whole.level == "e" and not statistic.root else None

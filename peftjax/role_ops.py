@@ -4,6 +4,8 @@ import dataclasses
 import math
 from typing import Any, Sequence
 
+import jax.numpy as jnp
+
 from peftjax import views
 from peftjax.role_book import Book
 from peftjax.role_fixed import (
@@ -18,6 +20,9 @@ from peftjax.role_fixed import (
 from peftjax.role_norm import derive
 from peftjax.role_products import PRODUCTS
 from peftjax.role_values import (
+    KERNEL,
+    MIXING,
+    UNKNOWN,
     Act,
     Fixed,
     Pending,
@@ -26,11 +31,17 @@ from peftjax.role_values import (
     acts,
     any_data,
     heads,
+    since,
     tracked,
 )
 
 PARTS = ("slice", "dynamic_slice", "split", "rev")  # views that are another array
 PASSED = ("optimization_barrier", "mesh_cast")  # each output is an operand
+MOVING = frozenset(
+    "clamp concatenate sort gather dynamic_update_slice pad scatter scatter-add scatter_add scatter-mul scatter_mul "
+    "scatter-min scatter_min scatter-max scatter_max reduce psum psum_invariant all_gather all_gather_invariant "
+    "reduce_scatter all_to_all ppermute pmax pmin reduce_sum reduce_max reduce_min select_and_gather_add".split()
+)
 LINEAR = frozenset(
     "add add_any sub neg mul select_n div reduce_sum concatenate pad dynamic_update_slice gather cumsum real "
     "reduce_window_sum dot_general slice dynamic_slice split rev psum psum_invariant all_gather all_gather_invariant "
@@ -80,15 +91,37 @@ def meet(book: Book, eqn: Any, operands: Sequence[Value]) -> list[Value]:
     biased = False if residual else _meetings(book, name, operands)
     derived = derive(name, operands) if len(eqn.outvars) == 1 else None
     pending = None if residual else carried(name, eqn, operands, biased)
-    data, above = any_data(operands), heads(operands)
+    more = dict(
+        heads=heads(operands), data=any_data(operands), since=frozenset() if residual else history(eqn, operands)
+    )
     one = [math.prod(v.aval.shape) == 1 for v in eqn.outvars]
-    outs = [Act(pending=pending, derived=derived, heads=above, data=data, uniform=uniform) for uniform in one]
+    outs = [Act(pending=pending, derived=derived, uniform=uniform, **more) for uniform in one]
     if residual:
         product, stream = residual
         product.total, product.stream, product.alive = outs[0].source, stream.source, False
     for value in operands:
         value.touch(derived)
     return list(outs)
+
+
+def history(eqn: Any, operands: Sequence[Value]) -> frozenset[str]:
+    """What has happened since the last residual sum to what an equation makes.
+
+    A contraction that leaves free axes on both sides mixes positions: attention, where kernels made both. What else
+    joins two floating arrays, and does not do so entry by entry or by moving entries, may be anything.
+    """
+    name, before = eqn.primitive.name, since(operands)
+    both = [
+        v for v, x in zip(operands, eqn.invars) if isinstance(v, Act) and jnp.issubdtype(x.aval.dtype, jnp.floating)
+    ]
+    if len(both) < 2 or name in ELEMENTWISE or name in MOVING:
+        return before
+    if name == "dot_general":
+        taken = [len(c) + len(b) for c, b in zip(*eqn.params["dimension_numbers"])]
+        if any(n == len(x.aval.shape) for n, x in zip(taken, eqn.invars)):
+            return before
+        return before | {MIXING if all(KERNEL in v.since for v in both) else UNKNOWN}
+    return before | {UNKNOWN}
 
 
 def is_residual(book: Book, eqn: Any, operands: Sequence[Value]) -> Any:

@@ -5,7 +5,7 @@ from typing import Any, Callable, NamedTuple, Sequence
 
 from peftjax import views
 from peftjax.role_book import CONTRACTED, Book
-from peftjax.role_values import Act, Fixed, Head, Pending, Track, Value, any_data, heads
+from peftjax.role_values import KERNEL, Act, Fixed, Head, Pending, Track, Value, any_data, heads, since
 from peftjax.views import Layout
 
 Outs = list[Value] | None
@@ -24,6 +24,9 @@ def finish(book: Book, eqn: Any, kernel: Fixed, data: Sequence[Value], letters: 
     name = NAMES.get(eqn.primitive.name, eqn.primitive.name)
     known = any_data(data)
     product = book.contract(kernel, name, op, letters.kernel, known)
+    before = since(data)
+    if product:
+        product.reads = before
     for value in data:
         value.touch()
         if isinstance(value, Act):
@@ -34,7 +37,7 @@ def finish(book: Book, eqn: Any, kernel: Fixed, data: Sequence[Value], letters: 
     axes: dict[Any, str] = {(k,): letter for k, letter in enumerate(letters.out)}
     pending = Pending(product, Layout.of(shape), axes) if product else None
     head = frozenset({Head(book.time, kernel.primary[0].path)} if product else ())
-    return [Act(pending=pending, heads=head, data=known, uniform=math.prod(shape) == 1)]
+    return [Act(pending=pending, heads=head, data=known, uniform=math.prod(shape) == 1, since=before | {KERNEL})]
 
 
 def dot_general(book: Book, eqn: Any, operands: Sequence[Value]) -> Outs:

@@ -5,6 +5,8 @@ from typing import Iterable, NamedTuple
 
 from peftjax.views import Atom, Layout
 
+KERNEL, MIXING, UNKNOWN = "kernel", "mixing", "unknown"
+
 
 @dataclasses.dataclass(eq=False)
 class Source:
@@ -29,6 +31,7 @@ class Derived:
     root: bool = False
     scale: str | None = None
     bias: str | None = None
+    centred: bool = False
 
 
 @dataclasses.dataclass(eq=False)
@@ -36,6 +39,7 @@ class Product:
     """What a contraction with kernels gives, until something happens to it that is not linear."""
 
     kernels: tuple[str, ...]
+    reads: frozenset[str] = frozenset()  # the history of what the kernels contracted
     alive: bool = True
     total: Source | None = None  # the residual sum
     stream: Source | None = None  # what it was added to
@@ -84,6 +88,7 @@ class Act:
     derived: Derived | None = None
     data: bool = True  # whether it depends on the function's other arguments
     uniform: bool = False  # whether its entries are all the same
+    since: frozenset[str] = frozenset()  # what has happened since the last residual sum: KERNEL, MIXING, UNKNOWN
 
     @property
     def live(self) -> Pending | None:
@@ -172,6 +177,11 @@ def acts(values: Iterable[Value]) -> list[Act]:
 def any_data(values: Iterable[Value]) -> bool:
     """Whether one of these depends on the function's other arguments."""
     return any(v.data for v in values if isinstance(v, Act))
+
+
+def since(values: Iterable[Value]) -> frozenset[str]:
+    """What has happened to any of these values since the last residual sum."""
+    return frozenset().union(*(v.since for v in values if isinstance(v, Act)))
 
 
 def heads(values: Iterable[Value]) -> frozenset[Head]:

@@ -9,7 +9,7 @@ from jax.extend import core as jex
 from peftjax import compat, role_ops
 from peftjax.role_book import Book
 from peftjax.role_fixed import constant
-from peftjax.role_values import Act, Fixed, Head, Track, Value, any_data, heads
+from peftjax.role_values import Act, Fixed, Head, Track, Value, any_data, heads, since
 
 Outs = list[Value]
 
@@ -42,7 +42,7 @@ def enter(value: Value) -> Value:
     if isinstance(value, Fixed):
         return value
     value.end()
-    return Act(heads=value.heads, data=value.data, uniform=value.uniform)
+    return Act(heads=value.heads, data=value.data, uniform=value.uniform, since=value.since)
 
 
 def leave(value: Value, without: frozenset[Head] = frozenset()) -> Value:
@@ -51,7 +51,7 @@ def leave(value: Value, without: frozenset[Head] = frozenset()) -> Value:
     if isinstance(value, Fixed):
         return value
     value.end()
-    return Act(heads=value.heads - without, data=value.data, uniform=value.uniform)
+    return Act(heads=value.heads - without, data=value.data, uniform=value.uniform, since=value.since)
 
 
 def join(a: Value, b: Value) -> Value:
@@ -62,7 +62,7 @@ def join(a: Value, b: Value) -> Value:
         places = [[(t.path, t.layout) for t in v.tracks] for v in (a, b)]
         if places[0] == places[1]:
             return Fixed(tuple(map(_weaker, a.tracks, b.tracks)), a.value if a.value == b.value else None)
-    return Act(heads=heads([a, b]), data=any_data([a, b]))
+    return Act(heads=heads([a, b]), data=any_data([a, b]), since=since([a, b]))
 
 
 def _weaker(a: Track, b: Track) -> Track:
@@ -83,7 +83,8 @@ def settle(book: Book, step: Callable[[Outs], Outs], carry: Outs) -> Outs:
 def _same(a: Value, b: Value) -> bool:
     if isinstance(a, Fixed) and isinstance(b, Fixed):
         return (a.tracks, a.value) == (b.tracks, b.value)
-    return isinstance(a, Act) and isinstance(b, Act) and a.data >= b.data and a.uniform <= b.uniform
+    both = isinstance(a, Act) and isinstance(b, Act)
+    return both and a.data >= b.data and a.uniform <= b.uniform and a.since >= b.since
 
 
 def loop(book: Book, step: Callable[[Outs], Outs], carry: Outs) -> Outs:

@@ -8,18 +8,19 @@ import jax
 from peftjax.call import Call
 from peftjax.overlay import type_of
 from peftjax.role_book import CONTRACTED, Book, Notes
-from peftjax.role_values import Act, Derived, Fixed, Head, Track, Value, heads
+from peftjax.role_values import MIXING, UNKNOWN, Act, Derived, Fixed, Head, Product, Track, Value, heads
 from peftjax.role_walk import walk
 from peftjax.views import Layout
 
 
 @dataclasses.dataclass(frozen=True)
 class Norm:
-    """A layer norm or an RMS norm: the paths of its scale and bias, and the constant below its root."""
+    """A layer norm (`centred`) or an RMS norm: the paths of its scale and bias, and the constant below its root."""
 
     scale: str | None
     bias: str | None
     eps: float
+    centred: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Role:
         kernel: of a bias or of a scale, the path of the kernel whose output it meets.
         residual: of a kernel, whether its output is added to the residual stream before anything nonlinear.
         norm: of such a kernel, the norm that is all that reads the sum, and stands for the stream from there (post-LN).
+        sublayer: of a residual kernel, what it ends: "attention" where it reads a mixture of what kernels made of the stream
+            (queries and keys), else "feed-forward"; "unknown" where some equation does not show what it mixes.
         head: whether it makes the output: no other kernel contracts what it makes, and no later one reaches an output.
         groups: of a convolution, the number of its groups.
     """
@@ -48,6 +51,7 @@ class Role:
     kernel: str | None = None
     residual: bool = False
     norm: Norm | None = None
+    sublayer: str | None = None
     head: bool = False
     groups: int = 1
 
@@ -118,7 +122,7 @@ class Roles(Mapping[str, Role]):
 
 def _remarks(role: Role) -> str:
     said = [f"bias {role.bias}" if role.bias else "", f"of {role.kernel}" if role.kernel else ""]
-    said += ["residual" if role.residual else "", f"then {role.norm}" if role.norm else ""]
+    said += [f"residual, after {role.sublayer}" if role.residual else "", f"then {role.norm}" if role.norm else ""]
     said += ["head" if role.head else "", f"groups {role.groups}" if role.groups > 1 else ""]
     return ", ".join(filter(None, said))
 
@@ -179,10 +183,17 @@ def _head(book: Book, found: frozenset[Head]) -> str | None:
 
 def _role(notes: Notes, order: int, head: bool) -> Role:
     op = notes.op or notes.hint or ("other" if notes.uses else "unused")
-    total = notes.product.total if notes.product else None
-    groups, norm = notes.groups, _norm(notes)
-    more = dict(bias=notes.bias, kernel=notes.kernel, residual=total is not None, norm=norm, head=head, groups=groups)
+    sublayer = _sublayer(notes.product) if notes.product and notes.product.total else None
+    more = dict(bias=notes.bias, kernel=notes.kernel, residual=sublayer is not None, norm=_norm(notes))
+    more |= dict(sublayer=sublayer, head=head, groups=notes.groups)  # type: ignore[dict-item]
     return Role(op, notes.axes, order, tuple(notes.uses), **more)  # type: ignore[arg-type]
+
+
+def _sublayer(product: Product) -> str:
+    """What ends at a residual sum, told by what the kernel before it read."""
+    if MIXING in product.reads:
+        return "attention"
+    return "unknown" if UNKNOWN in product.reads else "feed-forward"
 
 
 def _norm(notes: Notes) -> Norm | None:
@@ -193,4 +204,4 @@ def _norm(notes: Notes) -> Norm | None:
     found: Derived | None = product.total.norm
     if found is None or product.total.escaped or product.stream.normed:
         return None
-    return Norm(found.scale, found.bias, found.eps)
+    return Norm(found.scale, found.bias, found.eps, found.centred)

@@ -62,6 +62,9 @@ def test_transformers(name):
     assert {path for path, role in kernels.items() if role.residual} == residual
     assert [path for path, role in found.items() if role.head] == ["classifier/kernel"]
     assert found["words/embedding"] == Role("embedding", "io", 0, ("gather",))
+    sublayers = {path.partition("/")[2]: role.sublayer for path, role in kernels.items()}
+    assert sublayers["attention/out"] == "attention" and sublayers["down"] == "feed-forward"
+    assert not any(role.sublayer for path, role in kernels.items() if path not in residual)
     norm = lambda path: Norm(f"{path}/scale", f"{path}/bias", 1e-6)
     after = {"attention/out": "norm_1", "down": "norm_2"} if name == "post_norm_encoder" else {}
     for path in residual:
@@ -71,6 +74,48 @@ def test_transformers(name):
     order = sorted(found, key=lambda path: found[path].order)
     order = [path.removeprefix("layers_1/attention/") for path in order if path.startswith("layers_1/attention")]
     assert order[:7] == attention
+
+
+def attend(q, k, v):
+    return jnp.einsum("bts,bsd->btd", jax.nn.softmax(jnp.einsum("btd,bsd->bts", q, k)), v)
+
+
+def gated_norm(p, x):
+    return x * lax.rsqrt(jnp.einsum("btd,btd->bt", x, x)[..., None])
+
+
+def in_chunks(q, k, v):
+    """Attention, one key and value at a time, in a loop."""
+
+    def step(carry, kv):
+        weight = jnp.exp(jnp.einsum("btd,bd->bt", q, kv[0]))[..., None]
+        return carry + weight * kv[1][:, None], None
+
+    return lax.scan(step, jnp.zeros_like(q), (jnp.swapaxes(k, 0, 1), jnp.swapaxes(v, 0, 1)))[0]
+
+
+def dispatched(p, x):
+    """Experts of a mixture, to which a one-hot code sends the tokens."""
+    code = jax.nn.one_hot((x @ p["w1"]).argmax(-1), 8, dtype=jnp.float32)
+    return jnp.einsum("bte,btd->bed", code, x) @ p["w2"]
+
+
+@pytest.mark.parametrize(
+    "block, sublayer",
+    [
+        (lambda p, x: attend(x @ p["w1"], x @ p["w3"], x) @ p["w2"], "attention"),
+        (lambda p, x: attend(x @ p["w1"], x @ p["w1"], x @ p["w1"]) @ p["w2"], "attention"),
+        (lambda p, x: jax.lax.map(lambda x: attend(x[None] @ p["w1"], x[None] @ p["w3"], x[None])[0], x) @ p["w2"], "attention"),
+        (lambda p, x: attend(x, x, x) @ p["w2"], "unknown"),
+        (lambda p, x: dispatched(p, x)[:, :5] @ p["w3"], "unknown"),
+        (lambda p, x: mlp(p, gated_norm(p, x)), "feed-forward"),
+        (lambda p, x: ((x @ p["w1"]) * jax.nn.silu(x @ p["w3"])) @ p["w2"], "feed-forward"),
+        (lambda p, x: jnp.where(jax.random.bernoulli(jax.random.key(0), 0.5, x.shape), x @ p["w1"], 0) @ p["w2"], "feed-forward"),
+    ],
+)
+def test_which_sublayer_a_residual_sum_ends(block, sublayer):
+    found = read(lambda p, x: (x := jnp.sin(x), x + block(p, x))[1], w3=zoo.shape(8, 8))
+    assert [role.sublayer for role in found.values() if role.residual] == [sublayer]
 
 
 def test_decoder():
@@ -126,7 +171,7 @@ def test_post_norm_takes_the_place_of_the_stream():
     found = read(lambda p, x: layer_norm(x + mlp(p, x), p["g"], p["b"]), b=zoo.shape(8))
     assert found["w2"].residual and found["w2"].norm == Norm("g", "b", 1e-5)
     found = read(lambda p, x: rms_norm(mlp(p, x) + x, p["g"]))
-    assert found["w2"].norm == Norm("g", None, 1e-6)
+    assert found["w2"].norm == Norm("g", None, 1e-6, centred=False)
 
 
 def test_a_norm_that_does_not_take_the_place_of_the_stream():
@@ -243,7 +288,7 @@ def test_nnx_norms():
         x = rms(x + linear(x))
         return norm(x + linear(x))
 
-    assert roles(fn, state, X)["0/kernel"].norm == Norm("1/scale", None, 1e-6)
+    assert roles(fn, state, X)["0/kernel"].norm == Norm("1/scale", None, 1e-6, centred=False)
 
 
 # The value itself
@@ -254,7 +299,7 @@ def test_roles_are_a_readable_immutable_mapping():
     assert Roles.from_dict(json.loads(json.dumps(found.to_dict()))) == found
     assert hash(found) == hash(Roles(found)) and list(found) == sorted(found)
     assert str(found).splitlines()[0].split() == ["path", "op", "axes", "uses"]
-    assert "norm(scale='g', bias='b', eps=1e-05)" in str(found).lower()
+    assert "norm(scale='g', bias='b', eps=1e-05, centred=true)" in str(found).lower()
     with pytest.raises(TypeError):
         found["w1"] = found["w2"]
 

@@ -42,6 +42,13 @@ def residual(found):
     return {path for path, role in found.items() if role.residual}
 
 
+def sublayers(found):
+    """The last module of each residual kernel, by the sublayer that it ends."""
+    named = lambda word: {p.split("/")[-2] for p in residual(found) if found[p].sublayer == word}
+    assert not named("unknown")
+    return named("attention"), named("feed-forward")
+
+
 def heads(found):
     return [path for path, role in found.items() if role.head]
 
@@ -58,6 +65,8 @@ def test_bert():
         assert found[f"{module}/dense/kernel"].norm == norm
     assert heads(found) == ["classifier/kernel"]
     tables = of(found, "_embeddings/embedding")
+    assert {found[p].sublayer for p in residual(found) if "attention" in p} == {"attention"}
+    assert {found[p].sublayer for p in residual(found) if "attention" not in p} == {"feed-forward"}
     assert len(tables) == 3 and {(r.op, r.axes, r.uses) for r in tables.values()} == {("embedding", "io", ("gather",))}
     assert found[f"{layers[0]}/attention/self/query/kernel"].order < found[f"{layers[1]}/output/dense/bias"].order
 
@@ -76,6 +85,8 @@ def test_gpt2_keeps_its_kernels_transposed():
     assert {role.axes for role in of(found, "kernel").values()} == {"oi"}
     assert residual(found) == {f"transformer/h/{i}/{n}/c_proj/kernel" for i in (0, 1) for n in ("attn", "mlp")}
     assert not any(role.norm for role in found.values()) and heads(found) == ["transformer/wte/embedding"]
+    named = {path.split("/")[-3]: found[path].sublayer for path in residual(found)}
+    assert named == {"attn": "attention", "mlp": "feed-forward"}
     assert found["transformer/wpe/embedding"].uses == ("gather",)
 
 
@@ -84,6 +95,7 @@ def test_llama():
                  num_key_value_heads=2, **SQUARE)  # fmt: skip
     assert {role.axes for role in of(found, "kernel").values()} == {"io"} and heads(found) == ["lm_head/kernel"]
     modules = ("self_attn/o_proj", "mlp/down_proj")
+    assert sublayers(found) == ({"o_proj"}, {"down_proj"})
     assert residual(found) == {f"model/layers/{i}/{n}/kernel" for i in (0, 1) for n in modules}
     assert not any(role.norm or role.bias for role in found.values())
     assert {(role.op, role.axes) for role in of(found, "norm/weight").values()} == {("scale", "o")}
@@ -98,6 +110,7 @@ def test_t5(monkeypatch):
     found = read("T5ForConditionalGeneration", "T5Config", "input_ids", "decoder_input_ids", inputs=(IDS, IDS), **sizes)
     assert {role.axes for role in of(found, "kernel").values()} == {"io"}
     assert len(residual(found)) == 10 and all(path.endswith(("/o/kernel", "/wo/kernel")) for path in residual(found))
+    assert sublayers(found) == ({"o"}, {"wo"})
     assert not any(role.norm for role in found.values()) and heads(found) == ["shared/embedding"]
     assert found["shared/embedding"].uses == ("gather", "gather", "dot_general")
     assert {role.op for role in of(found, "relative_attention_bias/embedding").values()} == {"embedding"}
@@ -117,6 +130,7 @@ def test_bart():
         name = f"{layer}/{after[path.removeprefix(layer + '/')]}"
         assert norm == Norm(f"{name}/scale", f"{name}/bias", 1e-5)
     assert len(norms) == 5 and heads(found) == ["model/shared/embedding"]
+    assert sublayers(found) == ({"out_proj"}, {"fc2"})
     assert found["final_logits_bias"].kernel == "model/shared/embedding"
 
 
