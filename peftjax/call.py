@@ -18,11 +18,13 @@ class Call:
     leaves: list[Any]
     tree: Any
     paths: dict[int, str]
+    given: list[Any]  # the leaves with their references, which `leaves` have resolved
 
     @classmethod
     def of(cls, params: Any, args: Any, kwargs: Any) -> "Call":
         leaves, tree = jax.tree.flatten((resolve(params), args, kwargs), is_leaf=is_overlay)
-        return cls(leaves, tree, {k: path for k, (path, _) in enumerate(flatten(params))})
+        given = jax.tree.leaves((params, args, kwargs), is_leaf=is_overlay)
+        return cls(leaves, tree, {k: path for k, (path, _) in enumerate(flatten(params))}, given)
 
     @property
     def dynamic(self) -> list[int]:

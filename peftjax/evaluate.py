@@ -77,7 +77,8 @@ def runner(fn: Callable[P, R], evaluate: Evaluate, before: Callable[[Call], None
             out, _ = evaluate(call, given)
         else:
             out = _program(programs, evaluate, call)(*given)
-        return jax.tree.map(lambda x: given[x.index] if isinstance(x, Passed) else x, out, is_leaf=_is_passed)
+        came = lambda x: call.given[call.dynamic[x.index]] if isinstance(x, Passed) else x
+        return jax.tree.map(came, out, is_leaf=_is_passed)
 
     wrapped.evaluate = evaluate  # type: ignore[attr-defined]
     return wrapped  # type: ignore[return-value]

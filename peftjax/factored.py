@@ -63,6 +63,10 @@ class Term:
         """Whether the term takes part where this primitive uses the operator."""
         return self.uses is None or primitive in self.uses
 
+    def times(self, *factors: Factor) -> "Term":
+        """The term with further factors."""
+        return dataclasses.replace(self, factors=(*self.factors, *factors))
+
     def mapped(self, on_factor: Any, dense: Any) -> "Term":
         """The term with every factor (and the key) changed, and another dense part."""
         key = None if self.key is None else on_factor(self.key)

@@ -5,7 +5,7 @@ from typing import Any, Sequence
 import jax.numpy as jnp
 from jax import lax
 
-from peftjax.factored import Factor, Term, Weight, chain
+from peftjax.factored import Factor, Term, Weight, chain, wide_dtype
 from peftjax.outputs import Run, split_terms, summed
 
 
@@ -36,6 +36,7 @@ def lookup(eqn: Any, operands: Sequence[Any], run: Run) -> list[Any] | None:
         factors = [_gathered(f, ids, indexed, rows, eqn.params) for f in term.factors]
         if term.dense is not None:
             y = run(eqn, [term.dense, ids])[0]
+            y = y.astype(wide_dtype(y.dtype))
             factors.insert(0, Factor(y.reshape([sizes[a] for a in out]), out))
         factors.sort(key=lambda f: ("n", 0) not in f.atoms)
         return chain(factors[0], factors[1:], out, sizes)

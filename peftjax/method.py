@@ -12,9 +12,10 @@ import jax.numpy as jnp
 
 from peftjax import sharding
 from peftjax.factored import materialise
+from peftjax.flat import unique
 from peftjax.overlay import is_overlay, layers, type_of
 from peftjax.paths import flatten, path_of
-from peftjax.roles import Roles
+from peftjax.roles import Role, Roles
 from peftjax.targets import Targets, check_patterns, choose
 
 P = ParamSpec("P")
@@ -122,13 +123,14 @@ def method(factory: Callable[P, Method]) -> Callable[P, Method]:
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One leaf that a method tunes: its path, its value (an array or an overlay), its axes, and its own key."""
+    """One leaf that a method tunes: its path, its value (an array or an overlay), its axes, its own key, its role."""
 
     path: str
     value: Any
     axes: str
     uses: tuple[str, ...]
     key: jax.Array
+    role: Role | None = None
 
     @property
     def type(self) -> Any:
@@ -164,18 +166,42 @@ def per_leaf(
     """
 
     def start(key: jax.Array, params: Any, roles: Roles | None) -> Any:
-        named = flatten(params)
-        taken = [path for path, x in named if any(o.trained_fields for o in layers(x))]
-        chosen = set(choose(targets, params, roles, exclude=exclude, taken=taken, kernels=kernels))
-        check_patterns(patterns, [path for path, _ in named if path in chosen])
-
-        def placed(key_path: Any, value: Any) -> Any:
-            path = path_of(key_path)
-            return sharding.placed(make(_leaf(path, value, roles, key))) if path in chosen else value
-
-        return jax.tree_util.tree_map_with_path(placed, params, is_leaf=is_overlay)
+        chosen = chosen_leaves(key, params, roles, targets, exclude, patterns, kernels)
+        return laid(params, {leaf.path: make(leaf) for leaf in chosen})
 
     return Method(name="", options={}, start=start, identity_at_init=identity_at_init)
+
+
+def chosen_leaves(
+    key: jax.Array,
+    params: Any,
+    roles: Roles | None,
+    targets: Targets,
+    exclude: Targets = (),
+    patterns: Sequence[str] = (),
+    kernels: bool = False,
+) -> list[Leaf]:
+    """The leaves that a method tunes, in tree order, for methods whose overlays depend on each other.
+
+    Args:
+      key, params, roles: what `Method.init` was given.
+      targets, exclude, patterns, kernels: as in `per_leaf`.
+    """
+    named = flatten(params)
+    taken = [path for path, x in named if any(o.trained_fields for o in layers(x))]
+    chosen = set(choose(targets, params, roles, exclude=exclude, taken=taken, kernels=kernels))
+    check_patterns(patterns, [path for path, _ in named if path in chosen])
+    return list(unique((path, _leaf(path, x, roles, key)) for path, x in named if path in chosen).values())
+
+
+def laid(params: Any, overlays: Mapping[str, Any]) -> Any:
+    """The tree with overlays at these paths; their fields lie as their bases do."""
+
+    def placed(key_path: Any, value: Any) -> Any:
+        path = path_of(key_path)
+        return sharding.placed(overlays[path]) if path in overlays else value
+
+    return jax.tree_util.tree_map_with_path(placed, params, is_leaf=is_overlay)
 
 
 def _leaf(path: str, value: Any, roles: Roles | None, key: jax.Array) -> Leaf:
@@ -194,7 +220,7 @@ def _leaf(path: str, value: Any, roles: Roles | None, key: jax.Array) -> Leaf:
     axes = role.axes if role is not None else {0: "", 1: "o", 2: "io"}[len(kind.shape)]
     depth = sum(1 for _ in layers(value))
     own = jax.random.fold_in(jax.random.fold_in(key, zlib.crc32(path.encode())), depth)
-    return Leaf(path, value, axes, role.uses if role is not None else (), own)
+    return Leaf(path, value, axes, role.uses if role is not None else (), own, role)
 
 
 @method

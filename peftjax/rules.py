@@ -15,6 +15,7 @@ from peftjax.folding import can_fold, folded
 from peftjax.lookup import lookup
 from peftjax.outputs import Rule, Run, dropped, split_terms, summed
 from peftjax.ragged import ragged
+from peftjax.sides import between, sides
 from peftjax.views import follow
 
 
@@ -60,12 +61,15 @@ def _dot(eqn: Any, operands: Sequence[Any], run: Run) -> list[Any] | None:
     w, x = operands[side].only_for("dot_general"), operands[1 - side]
     x = dense(x) if isinstance(x, Weight) else x
     flat, out, sizes = _dot_labels(eqn, w, x, side)
+    reads, writes = ({a for a in w.layout.atoms if a in labels} for labels in (flat, out))
 
     def plain(x: Any, array: Any) -> Any:
         return run(eqn, [x, array] if side else [array, x])[0]
 
     def outputs(x: Any, w: Weight) -> Any:
         def product(term: Term) -> Any:
+            if found := sides(term, reads, writes):
+                return between(dropped(x, term), term, found, plain, flat, out, sizes)
             read = Factor(dropped(x, term).reshape([sizes[a] for a in flat]), flat)
             return chain(read, _factors(term, w), out, sizes, eqn.params["precision"])
 

@@ -250,6 +250,14 @@ def test_references_share_one_array_and_one_gradient():
     assert len(jax.tree.leaves(grads)) == 1
 
 
+def test_what_passes_through_keeps_its_references():
+    """A model that returns its state gives back the tree that it was given, not one with the array in two places."""
+    first = lora_on(kernel())
+    tuned = {"a": first, "b": first.replace(b=Ref("a", "b"))}
+    _, back = wrap(lambda p, x: (x @ p["a"] @ p["b"].T, p))(tuned, jnp.ones((2, 4)))
+    assert back["a"] is tuned["a"] and back["b"] is tuned["b"]
+
+
 @pytest.mark.parametrize(
     ("net", "said"),
     [
