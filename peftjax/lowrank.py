@@ -1,7 +1,7 @@
 """Low-rank factors: how they lie beside a weight's axes, and how they start."""
 
 import math
-from typing import Any, Callable
+from typing import Any, Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,37 @@ def replaced(axes: str, letter: str, label: str) -> tuple[Any, ...]:
     first = axes.index(letter)
     kept = [label if k == first else (k,) for k, x in enumerate(axes) if x != letter or k == first]
     return tuple(kept)
+
+
+def checked(name: str, leaf: Leaf, rank: int) -> int:
+    """The rank that a method asks of a leaf, where the leaf is a linear map that can have it."""
+    n_in, n_out = leaf.sizes("i"), leaf.sizes("o")
+    if not n_in or not n_out:
+        raise ValueError(
+            f"{name}: {leaf.path} has axes {leaf.axes!r}: a vector, or no linear map; expected a kernel with input and "
+            "output axes. Train it as it is with `unfreeze`, or leave it out with `exclude`"
+        )
+    limit = min(math.prod(n_in), math.prod(n_out))
+    if not 1 <= rank <= limit:
+        raise ValueError(f"{name}: rank {rank} at {leaf.path} {leaf.type.str_short()}; expected 1 to {limit}")
+    return rank
+
+
+def layered(name: str, leaf: Leaf, value: float, layers: Sequence[int] | None) -> jax.Array:
+    """A number for each layer and expert of a leaf: the value, or 0 in the layers that `layers` leaves out."""
+    shape = leaf.sizes("sb")
+    scale = jnp.full(shape, value, jnp.float32)
+    if layers is None:
+        return scale
+    if "s" not in leaf.axes:
+        raise ValueError(
+            f"{name}: layers={tuple(layers)} at {leaf.path}, which is not stacked: name its path in `targets`"
+        )
+    axis = [x for x in leaf.axes if x in "sb"].index("s")
+    if bad := [k for k in layers if not 0 <= k < shape[axis]]:
+        raise ValueError(f"{name}: layers {bad} at {leaf.path}; it stacks {shape[axis]} layers, 0 to {shape[axis] - 1}")
+    on = jnp.zeros(shape[axis]).at[jnp.asarray(layers)].set(1)
+    return scale * on.reshape([-1 if k == axis else 1 for k in range(len(shape))])
 
 
 Started = tuple[Any, Any, bool]
@@ -81,7 +112,7 @@ def _olora(leaf: Leaf, rank: int, scale: float) -> Started:
 
 def _orthogonal(leaf: Leaf, rank: int, scale: float) -> Started:
     if rank % 2:
-        raise ValueError(f"lora: init 'orthogonal' needs an even rank, found {rank} at {leaf.path}")
+        raise ValueError(f"init 'orthogonal' needs an even rank, found {rank} at {leaf.path}")
 
     def factors(w: Any, key: Any) -> tuple[Any, Any]:
         mixing, reads, writes = jax.random.split(key, 3)

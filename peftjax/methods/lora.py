@@ -3,11 +3,10 @@
 import math
 from typing import Any, Mapping, Sequence
 
-import jax
 import jax.numpy as jnp
 
 from peftjax.factored import Factor, Term
-from peftjax.lowrank import INITS, replaced
+from peftjax.lowrank import INITS, checked, layered, replaced
 from peftjax.method import Leaf, Method, method, per_leaf
 from peftjax.overlay import Overlay, frozen, overlay, static, trained
 from peftjax.targets import Targets, pattern_value
@@ -114,24 +113,15 @@ def lora(
     ranks, alphas = dict(rank_pattern or {}), dict(alpha_pattern or {})
 
     def make(leaf: Leaf) -> LoRA:
-        r = pattern_value(ranks, leaf.path, rank)
-        n_in, n_out = leaf.sizes("i"), leaf.sizes("o")
-        if not n_in or not n_out:
-            raise ValueError(
-                f"lora: {leaf.path} has axes {leaf.axes!r}: a vector, or no linear map; expected a kernel with input and "
-                "output axes. Train it as it is with `unfreeze`, or leave it out with `exclude`"
-            )
-        limit = min(math.prod(n_in), math.prod(n_out))
-        if not 1 <= r <= limit:
-            raise ValueError(f"lora: rank {r} at {leaf.path} {leaf.type.str_short()}; expected 1 to {limit}")
+        r = checked("lora", leaf, pattern_value(ranks, leaf.path, rank))
         top = pattern_value(alphas, leaf.path, r if alpha is None else alpha)
-        scale = _scale(leaf, top / math.sqrt(r) if rslora else top / r, layers)
-        a, b, started = INITS[init](leaf, r, top / math.sqrt(r) if rslora else top / r)
+        scale = top / math.sqrt(r) if rslora else top / r
+        a, b, started = INITS[init](leaf, r, scale)
         return LoRA(
             base=leaf.value,
             a=a,
             b=b,
-            scale=scale,
+            scale=layered("lora", leaf, scale, layers),
             a0=jnp.copy(a) if started else None,
             b0=jnp.copy(b) if started else None,
             axes=leaf.axes,
@@ -149,19 +139,3 @@ def lora(
         patterns=(*ranks, *alphas),
         kernels=True,
     )
-
-
-def _scale(leaf: Leaf, value: float, layers: Sequence[int] | None) -> jax.Array:
-    shape = leaf.sizes("sb")
-    scale = jnp.full(shape, value, jnp.float32)
-    if layers is None:
-        return scale
-    if "s" not in leaf.axes:
-        raise ValueError(
-            f"lora: layers={tuple(layers)} at {leaf.path}, which is not stacked: name its path in `targets`"
-        )
-    axis = [x for x in leaf.axes if x in "sb"].index("s")
-    if bad := [k for k in layers if not 0 <= k < shape[axis]]:
-        raise ValueError(f"lora: layers {bad} at {leaf.path}; it stacks {shape[axis]} layers, 0 to {shape[axis] - 1}")
-    on = jnp.zeros(shape[axis]).at[jnp.asarray(layers)].set(1)
-    return scale * on.reshape([-1 if k == axis else 1 for k in range(len(shape))])
