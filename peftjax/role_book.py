@@ -28,6 +28,8 @@ class Notes:
     bias: str | None = None
     kernel: str | None = None
     groups: int = 1
+    window: tuple[int, ...] = ()
+    follows: tuple[tuple[int, ...], ...] | None = None
     activation: bool = False  # something else was its kernel
     provisional: bool = False  # no contraction yet with anything that depends on data
 
@@ -112,7 +114,7 @@ class Book:
 
     def contract(self, kernel: Fixed, name: str, op: str, dims: Mapping[int, str], data: bool) -> Product | None:
         """A contraction with a kernel. The product, if it is the first one of its leaves."""
-        made = Product(tuple(t.path for t in kernel.primary))
+        made = Product(tuple(t.path for t in kernel.primary), tuple(t.layout for t in kernel.primary))
         new = self.rehearsing or not any(use in PRODUCTS for use in self.notes[made.kernels[0]].uses)
         for track in kernel.primary:
             notes = self.notes[track.path]
@@ -149,8 +151,11 @@ class Book:
             letters = aligned(track, pending)
             if letters is None or not track.ops <= PLAIN[kind]:
                 continue
-            kernel, notes = kernels[n if len(tracks) == len(kernels) else 0], self.notes[track.path]
+            which = n if len(tracks) == len(kernels) else 0
+            kernel, notes = kernels[which], self.notes[track.path]
             notes.kernel = notes.kernel or kernel
+            if kind == "bias" and notes.kernel == kernel and notes.follows is None:
+                notes.follows = followed(track, pending, pending.product.layouts[which], notes.ndim)
             if notes.op == kind:
                 self.mark_dims(track, letters)
             paired = paired or kind == "bias"
@@ -171,3 +176,26 @@ def aligned(track: Track, pending: Pending) -> dict[int, str] | None:
             return None
         letters |= {k: found.copy().pop()} if own else {}
     return letters
+
+
+def followed(track: Track, pending: Pending, kernel: Layout, ndim: int) -> tuple[tuple[int, ...], ...] | None:
+    """For each of a bias's `ndim` axes, those of its kernel that it lies along; None where a reshape cut one of them."""
+    axes: dict[Atom, tuple[int, ...]] = {}
+    assert pending.layout is not None
+    for k, dim in enumerate(track.layout.dims):
+        own = [a for a in dim if is_own(a) and track.layout.size(a) > 1]
+        met = [a for a in pending.layout.dims[k] if pending.layout.size(a) > 1] if own else []
+        if any(len(a) > 1 or a[0] not in pending.places for a in met):
+            return None
+        atoms = [a for m in met for a in kernel.dims[pending.places[int(m[0])]] if kernel.size(a) > 1]
+        for a in own:
+            size, along = 1, []
+            while atoms and size < track.layout.size(a):
+                along.append(atoms.pop(0))
+                size *= kernel.size(along[-1])
+            if size != track.layout.size(a) or any(len(x) > 1 for x in (a, *along)):
+                return None
+            axes[a] = tuple(int(x[0]) for x in along)
+        if atoms:
+            return None
+    return tuple(axes.get((k,), ()) for k in range(ndim))

@@ -5,7 +5,7 @@ from typing import Any, Callable, NamedTuple, Sequence
 
 from peftjax import views
 from peftjax.role_book import CONTRACTED, Book
-from peftjax.role_values import KERNEL, Act, Fixed, Head, Pending, Track, Value, any_data, heads, since
+from peftjax.role_values import KERNEL, Act, Fixed, Head, Pending, Track, Value, any_data, heads, is_own, since
 from peftjax.views import Layout
 
 Outs = list[Value] | None
@@ -13,10 +13,11 @@ NAMES = {"ragged_dot_general": "ragged_dot"}
 
 
 class Letters(NamedTuple):
-    """The letters of a contraction: of the kernel's dimensions, and of the output's."""
+    """The letters of a contraction: of the kernel's dimensions, and of the output's; which of these are the kernel's."""
 
     kernel: dict[int, str]
     out: Sequence[str]
+    places: dict[int, int]
 
 
 def finish(book: Book, eqn: Any, kernel: Fixed, data: Sequence[Value], letters: Letters, op: str) -> list[Value]:
@@ -35,7 +36,7 @@ def finish(book: Book, eqn: Any, kernel: Fixed, data: Sequence[Value], letters: 
             book.activation(value, name)
     shape = eqn.outvars[0].aval.shape
     axes: dict[Any, str] = {(k,): letter for k, letter in enumerate(letters.out)}
-    pending = Pending(product, Layout.of(shape), axes) if product else None
+    pending = Pending(product, Layout.of(shape), axes, letters.places) if product else None
     head = frozenset({Head(book.time, kernel.primary[0].path)} if product else ())
     return [Act(pending=pending, heads=head, data=known, uniform=math.prod(shape) == 1, since=before | {KERNEL})]
 
@@ -49,7 +50,10 @@ def dot_general(book: Book, eqn: Any, operands: Sequence[Value]) -> Outs:
     shapes = [v.aval.shape for v in eqn.invars[:2]]
     free = [len(shapes[k]) - len(contracted[k]) - len(batched[k]) for k in (0, 1)]
     out = ["b"] * len(batched[0]) + ["o" if side == k else "x" for k in (0, 1) for _ in range(free[k])]
-    letters = Letters(_letters(len(shapes[side]), contracted[side], batched[side]), out)
+    own = [k for k in range(len(shapes[side])) if k not in (*contracted[side], *batched[side])]
+    start = len(batched[0]) + (free[0] if side else 0)
+    places = {**dict(enumerate(batched[side])), **{start + n: k for n, k in enumerate(own)}}
+    letters = Letters(_letters(len(shapes[side]), contracted[side], batched[side]), out, places)
     return finish(book, eqn, _fixed(operands[side]), [operands[1 - side]], letters, "linear")
 
 
@@ -95,7 +99,9 @@ def ragged_dot(book: Book, eqn: Any, operands: Sequence[Value]) -> Outs:
     free = len(shapes[0]) - len(contracted[0]) - len(batched[0])
     out = ["b"] * len(batched[0]) + ["x"] * free
     out += ["o"] * (len(eqn.outvars[0].aval.shape) - len(out))
-    letters = Letters(_letters(len(shapes[1]), contracted[1], stacked), out)
+    own = [k for k in range(len(shapes[1])) if k not in (*contracted[1], *stacked)]
+    places = {len(out) - len(own) + n: k for n, k in enumerate(own)}
+    letters = Letters(_letters(len(shapes[1]), contracted[1], stacked), out, places)
     return finish(book, eqn, kernel, [data, *rest], letters, "linear")
 
 
@@ -108,11 +114,14 @@ def convolution(book: Book, eqn: Any, operands: Sequence[Value]) -> Outs:
     feature = numbers.rhs_spec[0]
     dims = {k: "o" if k == feature else "i" for k in range(len(numbers.rhs_spec))}
     out = ["o" if k == numbers.out_spec[1] else "x" for k in range(len(numbers.out_spec))]
-    outs = finish(book, eqn, kernel, [data], Letters(dims, out), "conv")
+    letters = Letters(dims, out, {numbers.out_spec[1]: feature})
+    outs = finish(book, eqn, kernel, [data], letters, "conv")
     for track in kernel.primary:
         groups = _experts(book, track, feature, groups)
         if not book.rehearsing and book.notes[track.path].uses.count("conv_general_dilated") == 1:
             book.notes[track.path].groups = groups
+            window = (a for k in numbers.rhs_spec[2:] for a in track.layout.dims[k] if is_own(a))
+            book.notes[track.path].window = tuple(sorted({int(a[0]) for a in window}))
     return outs
 
 

@@ -1,7 +1,7 @@
 """What the trace behind `roles` knows of a value: a parameter seen through views, or an activation and its history."""
 
 import dataclasses
-from typing import Iterable, NamedTuple
+from typing import Iterable, Mapping, NamedTuple
 
 from peftjax.views import Atom, Layout
 
@@ -39,6 +39,7 @@ class Product:
     """What a contraction with kernels gives, until something happens to it that is not linear."""
 
     kernels: tuple[str, ...]
+    layouts: tuple[Layout, ...] = ()  # of the kernels, where they are contracted
     reads: frozenset[str] = frozenset()  # the history of what the kernels contracted
     alive: bool = True
     total: Source | None = None  # the residual sum
@@ -55,6 +56,7 @@ class Pending(NamedTuple):
     product: Product
     layout: Layout | None
     letters: dict[Atom, str]
+    places: Mapping[int, int] = {}  # output dimensions and the kernel's
     fresh: bool = True  # only views and parameters have touched it
     biased: bool = False
 

@@ -41,6 +41,8 @@ class Role:
             (queries and keys), else "feed-forward"; "unknown" where some equation does not show what it mixes.
         head: whether it makes the output: no other kernel contracts what it makes, and no later one reaches an output.
         groups: of a convolution, the number of its groups.
+        window: of a convolution, the axes of its window.
+        follows: of a bias, for each of its axes those of its kernel that it lies along; None where that is not known.
     """
 
     op: str
@@ -54,6 +56,8 @@ class Role:
     sublayer: str | None = None
     head: bool = False
     groups: int = 1
+    window: tuple[int, ...] = ()
+    follows: tuple[tuple[int, ...], ...] | None = None
 
 
 class Roles(Mapping[str, Role]):
@@ -116,7 +120,9 @@ class Roles(Mapping[str, Role]):
             True
         """
         norm = lambda fields: fields["norm"] and Norm(**fields["norm"])
-        make = lambda fields: Role(**{**fields, "uses": tuple(fields["uses"]), "norm": norm(fields)})
+        sequences = lambda fields: {name: tuple(fields[name]) for name in ("uses", "window")}
+        follows = lambda fields: fields["follows"] and tuple(map(tuple, fields["follows"]))
+        make = lambda f: Role(**{**f, **sequences(f), "norm": norm(f), "follows": follows(f)})
         return cls({path: make(fields) for path, fields in plain.items()})
 
 
@@ -185,7 +191,7 @@ def _role(notes: Notes, order: int, head: bool) -> Role:
     op = notes.op or notes.hint or ("other" if notes.uses else "unused")
     sublayer = _sublayer(notes.product) if notes.product and notes.product.total else None
     more = dict(bias=notes.bias, kernel=notes.kernel, residual=sublayer is not None, norm=_norm(notes))
-    more |= dict(sublayer=sublayer, head=head, groups=notes.groups)  # type: ignore[dict-item]
+    more |= dict(sublayer=sublayer, head=head, groups=notes.groups, window=notes.window, follows=notes.follows)  # type: ignore[dict-item]
     return Role(op, notes.axes, order, tuple(notes.uses), **more)  # type: ignore[arg-type]
 
 

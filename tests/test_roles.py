@@ -150,6 +150,37 @@ def _example(name):
     return example.fn, example.params, *example.args
 
 
+HEADS = {"w": zoo.shape(8, 2, 4), "b": zoo.shape(2, 4), "flat": zoo.shape(8), "turned": zoo.shape(4, 2)}
+
+
+@pytest.mark.parametrize(
+    "bias, follows",
+    [
+        (lambda p, y: y + p["b"][None], {"b": ((1,), (2,))}),
+        (lambda p, y: y.reshape(-1, 8) + p["flat"][None], {"flat": ((1, 2),)}),
+        (lambda p, y: y.reshape(-1, 8) + p["b"].reshape(1, 8), {"b": ((1,), (2,))}),
+        (lambda p, y: y.swapaxes(1, 2) + p["turned"][None], {"turned": ((2,), (1,))}),
+        (lambda p, y: y.reshape(-1, 2, 2, 2) + p["flat"].reshape(1, 2, 2, 2), {"flat": None}),
+    ],
+)
+def test_the_axes_of_a_bias_and_those_of_its_kernel(bias, follows):
+    fn = lambda p, x: bias(p, jnp.einsum("bd,dhk->bhk", x, p["w"]))
+    found = roles(fn, HEADS, zoo.shape(3, 8))
+    assert {path: found[path].follows for path in follows} == follows
+    assert all(found[path].kernel == "w" for path in follows)
+
+
+@pytest.mark.parametrize("name, window", [("linen_conv", (0, 1)), ("conv_nchw", (2, 3)), ("linen_scan_conv", (1,))])
+def test_the_window_of_a_convolution(name, window):
+    found = roles(*_example(name))
+    assert [role.window for role in found.values() if role.op == "conv"] == [window]
+
+
+def test_a_stacked_bias_follows_within_its_layer():
+    found = roles(*_example("linen_scan"))
+    assert found["layers/block/attention/query/bias"].follows == ((), (2,), (3,))
+
+
 def test_fused_kernels_and_biases():
     found = roles(*_example("linen_lstm_fused"))
     assert found["cell/hi/kernel"].bias == "cell/hi/bias" and found["cell/ho/bias"].kernel == "cell/ho/kernel"
