@@ -121,10 +121,13 @@ for _name in (
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Ref:
-    """A field that lives in another overlay: the overlay at `path` holds it as `field`. One array, one gradient."""
+    """A field that lives elsewhere: the overlay at `path` holds it as `field`; without a field, the leaf at `path` itself.
+
+    One array, one gradient: that of a leaf under overlays reaches what they train.
+    """
 
     path: str
-    field: str
+    field: str | None = None
 
 
 def is_overlay(x: Any) -> bool:

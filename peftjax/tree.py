@@ -4,6 +4,7 @@ from typing import Any, Callable, NamedTuple
 
 import jax
 
+from peftjax.factored import materialise
 from peftjax.overlay import Overlay, Ref, is_overlay, layers
 from peftjax.paths import flatten, path_of
 
@@ -180,7 +181,7 @@ def strip(tuned: Any) -> Any:
 
 
 def resolve(tuned: Any) -> Any:
-    """Puts the arrays that fields of other overlays hold in the place of references to them.
+    """Puts the arrays that fields of other overlays hold, or other leaves stand for, in the place of references to them.
 
     Args:
       tuned: a tree with overlays.
@@ -189,17 +190,37 @@ def resolve(tuned: Any) -> Any:
       The same tree without a `Ref`. An array named twice stands there twice, so gradients are taken before, not after.
 
     Raises:
-      ValueError: a reference names a leaf without an overlay, or a field that not exactly one overlay holds there.
+      ValueError: a reference names no leaf, a leaf that no array can stand for, or a field that not exactly one overlay
+        holds there.
     """
-    is_ref = lambda x: isinstance(x, Ref)
-    if not any(map(is_ref, jax.tree.leaves(tuned, is_leaf=is_ref))):
-        return tuned
-    holders = {path: leaf for path, leaf in flatten(tuned) if isinstance(leaf, Overlay)}
-    return jax.tree.map(lambda x: _named(x, holders) if is_ref(x) else x, tuned, is_leaf=is_ref)
+    of_fields = lambda x: isinstance(x, Ref) and x.field is not None
+    of_leaves = lambda x: isinstance(x, Ref) and x.field is None
+    if any(map(of_fields, jax.tree.leaves(tuned, is_leaf=of_fields))):
+        holders = {path: leaf for path, leaf in flatten(tuned) if isinstance(leaf, Overlay)}
+        tuned = jax.tree.map(lambda x: _named(x, holders) if of_fields(x) else x, tuned, is_leaf=of_fields)
+    if any(map(of_leaves, jax.tree.leaves(tuned, is_leaf=of_leaves))):
+        leaves = dict(flatten(tuned))
+        tuned = jax.tree.map(lambda x: _leaf(x, leaves) if of_leaves(x) else x, tuned, is_leaf=of_leaves)
+    return tuned
+
+
+def _leaf(ref: Ref, leaves: dict[str, Any]) -> Any:
+    if ref.path not in leaves:
+        raise ValueError(f"a field refers to the leaf {ref.path!r}, which is not there; {_usual}")
+    leaf = leaves[ref.path]
+    if kept := [x for x in layers(leaf) if not getattr(x, "merges", True)]:
+        raise ValueError(
+            f"a field refers to the leaf {ref.path!r}, for which no array can stand: it holds {kept[0]!r}. Leave that "
+            "leaf out of what put it there, with `exclude`"
+        )
+    abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(leaf))
+    return jax.eval_shape(materialise, leaf) if abstract else materialise(leaf)
 
 
 def _named(ref: Ref, holders: dict[str, Overlay]) -> Any:
     for _ in range(1 + len(holders)):
+        if ref.field is None:
+            return ref
         if ref.path not in holders:
             raise ValueError(f"a field refers to {ref.field!r} at {ref.path!r}, where there is no overlay; {_usual}")
         found = [getattr(x, ref.field) for x in layers(holders[ref.path]) if ref.field in x.kinds]

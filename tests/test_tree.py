@@ -250,6 +250,23 @@ def test_references_share_one_array_and_one_gradient():
     assert len(jax.tree.leaves(grads)) == 1
 
 
+def test_a_reference_to_a_leaf_is_what_the_leaf_stands_for():
+    """An array is itself; under an overlay that trains, both uses of the leaf add to its one gradient."""
+    shift = Shift(base=kernel(), net=Ref("g"), scale=jnp.ones(()))
+    plain = jnp.arange(3.0)
+    assert resolve({"a": shift, "g": plain})["a"].net is plain
+    tuned = {"a": shift, "g": full_on(plain), "h": shift.replace(net=Ref("a", "net"))}
+    assert list(extract(tuned)) == ["g/value"]
+
+    def loss(tuned: Any) -> Any:
+        whole = resolve(tuned)
+        return (whole["a"].net * whole["h"].net).sum()
+
+    np.testing.assert_array_equal(value_and_grad(loss)(tuned)[1]["g"].value, 2 * plain)
+    abstract = jax.eval_shape(lambda: tuned)
+    assert resolve(abstract)["a"].net.shape == (3,)
+
+
 def test_what_passes_through_keeps_its_references():
     """A model that returns its state gives back the tree that it was given, not one with the array in two places."""
     first = lora_on(kernel())
@@ -264,6 +281,8 @@ def test_what_passes_through_keeps_its_references():
         (Ref("c", "net"), "'net' at 'c', where there is no overlay"),
         (Ref("a", "up"), "no overlay at 'a' holds the field 'up'"),
         (Ref("b", "net"), "go in a circle"),
+        (Ref("c"), "the leaf 'c', which is not there"),
+        (Ref("a"), "the leaf 'a', for which no array can stand: it holds Shift"),
         (Ref("n", "a"), "2 overlays at 'n' hold a field 'a'"),
     ],
 )
