@@ -14,6 +14,7 @@ from peftjax.grafting import graft as graft
 from peftjax.merging import merge as merge
 from peftjax.method import Method as Method
 from peftjax.method import chain as chain
+from peftjax.methods.adapter import adapter as adapter
 from peftjax.methods.lora import lora as lora
 from peftjax.methods.unfreeze import bitfit as bitfit
 from peftjax.methods.unfreeze import full as full
