@@ -120,6 +120,11 @@ class Evaluator:
 
     def met(self, path: str, eqn: Any) -> None:
         """Remembers that a waiting output met its residual add."""
+        if path not in self.waiting:
+            raise ValueError(
+                f"the output of {path} is added to a second array ({self.scope_of(eqn)}), and its overlay acts at one "
+                'residual add; attach it with where="output"'
+            )
         self.waiting.remove(path)
         self.events.append(self.event(path, "met the residual", eqn))
 

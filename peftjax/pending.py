@@ -11,6 +11,8 @@ from peftjax.hooked import Param, Pending, inner, position, where
 from peftjax.site import Site
 from peftjax.views import Layout, follow
 
+SHIFTS = (("add", 0), ("add", 1), ("sub", 0))  # of the output, by what depends on no data: a bias, a running mean
+
 
 def act(evaluator: Any, eqn: Any, operands: Sequence[Any], h: Pending, plain: Any) -> Sequence[Any]:
     """The outputs of an equation that meets a waiting output: it goes on waiting, meets its residual, or raises."""
@@ -19,7 +21,7 @@ def act(evaluator: Any, eqn: Any, operands: Sequence[Any], h: Pending, plain: An
     run = lambda: plain([inner(x) if x is not h else h.value for x in operands])
     if moves := linear(eqn, jnp.shape(h.value), {*h.features, *(d for d, _ in h.batch)}, k):
         return [_moved(eqn, h, y, move) for y, move in zip(run(), moves)]
-    if name == "add" and (isinstance(rest[0], Param) or isinstance(eqn.invars[1 - k], jex.Literal)):
+    if (name, k) in SHIFTS and (isinstance(rest[0], Param) or isinstance(eqn.invars[1 - k], jex.Literal)):
         return [dataclasses.replace(h, value=run()[0])]
     if name in ("add", "add_any") and jnp.shape(inner(rest[0])) == jnp.shape(h.value):
         evaluator.refuse_inner_gradient(eqn, h.path)
@@ -51,8 +53,6 @@ def linear(eqn: Any, shape: tuple[int, ...], held: set[int], k: int) -> list[Mov
     """How operand k's axes move in each output of an operation linear in it that keeps the axes held; else None."""
     name, p = eqn.primitive.name, eqn.params
     if name == "mul" or (name == "div" and k == 0) or (name == "select_n" and k > 0):
-        return [lambda axes: axes]
-    if name == "sub" and k == 0 and isinstance(eqn.invars[1], jex.Literal):
         return [lambda axes: axes]
     if k == 0 and (moves := views_of_output(eqn, shape)):
         return moves

@@ -177,6 +177,28 @@ def test_two_pending_outputs_may_not_meet():
         pj.wrap(fn)({"a": gain(w, where="residual"), "b": gain(w, where="residual")}, X)
 
 
+def test_a_pending_output_meets_one_residual_add():
+    def fn(p, x):
+        h = x @ p["w"]
+        return jnp.sin(x) + h, x + h
+
+    with pytest.raises(ValueError, match="the output of w is added to a second array"):
+        pj.wrap(fn)({"w": gain(jnp.eye(4, dtype=jnp.float32), where="residual")}, X)
+
+
+def test_a_pending_output_passes_a_running_mean_but_not_its_own():
+    """Batch normalisation with statistics of the tree is a shift and a scale; with those of the batch it is neither."""
+    w, mean = jnp.eye(4, dtype=jnp.float32) + 0.1, jnp.arange(4, dtype=jnp.float32)
+    fn = lambda p, x: x + (x @ p["w"] - p["mean"][None]) * 2.0
+    got = pj.wrap(fn)({"w": gain(w, where="residual"), "mean": mean}, X)
+    np.testing.assert_allclose(got, X + ((X @ w) - mean[None]) * 2.0 * 1.5, rtol=1e-6)
+    own = lambda p, x: x + (x @ p["w"] - (x @ p["w"]).mean(0, keepdims=True))
+    with pytest.raises(ValueError, match="two overlays of outputs meet"):
+        pj.wrap(own)({"w": gain(w, where="residual")}, X)
+    with pytest.raises(ValueError, match="w, used by sub.*waits for its residual add"):
+        pj.wrap(lambda p, x: x + (p["mean"][None] - x @ p["w"]))({"w": gain(w, where="residual"), "mean": mean}, X)
+
+
 @pytest.mark.parametrize("lift", [lambda f: f, jax.jit, jax.checkpoint])
 def test_pending_output_leaves_jit_and_remat_regions(lift):
     layer = lift(lambda w, x: 2.0 * (x @ w))
