@@ -32,7 +32,7 @@ def lora_on(w: Any, dropout: float = 0.0, axes: str = "io") -> LoRA:
 
 def full_on(w: Any) -> Full:
     """A trained copy."""
-    return Full(base=w, value=jnp.array(w, jnp.float32, copy=True), scale=jnp.ones(()))
+    return Full(base=w, value=jnp.array(w, jnp.float32, copy=True), scale=jnp.ones(()), axes="io"[-w.ndim :])
 
 
 def tree() -> dict[str, Any]:

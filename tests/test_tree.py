@@ -47,7 +47,7 @@ def lora_on(w: Any, seed: int = 0, dropout: float = 0.0, stacked: int = 0) -> Lo
 
 def full_on(w: Any) -> Full:
     """A trained copy."""
-    return Full(base=w, value=jnp.array(w, jnp.float32, copy=True), scale=jnp.ones(()))
+    return Full(base=w, value=jnp.array(w, jnp.float32, copy=True), scale=jnp.ones(()), axes="io"[-w.ndim :])
 
 
 def kernel(seed: int = 9, dtype: Any = jnp.float32) -> jax.Array:
@@ -206,7 +206,7 @@ def test_merge_is_the_sum_in_float32():
 def test_merge_reports_changes_that_rounding_undid():
     base = jnp.ones((4, 3), jnp.bfloat16)
     delta = jnp.zeros((4, 3)).at[0].set(2**-12).at[1].set(1.0)
-    tuned = {"w": Full(base=base, value=base.astype(jnp.float32) + delta, scale=jnp.ones(()))}
+    tuned = {"w": Full(base=base, value=base.astype(jnp.float32) + delta, scale=jnp.ones(()), axes="io"[-base.ndim :])}
     merged, report = merge(tuned, report=True)
     assert float(report["w"].unchanged) == 0.5
     assert merge({"w": full_on(kernel())}, report=True)[1]["w"] == (0.0, 0.0)

@@ -18,16 +18,19 @@ class Full(Overlay):
     base: Any = frozen()
     value: Any = trained()
     scale: Any = frozen()
+    axes: str = static()
     locked: tuple[str, ...] = static(default=())
 
     def labels(self) -> dict[str, tuple[Any, ...]]:
-        """The copy has the base's axes."""
-        return {"value": tuple((k,) for k in range(self.value.ndim)), "scale": ()}
+        """The copy has the base's axes; the scale the stacked ones."""
+        axes = tuple((k,) for k in range(len(self.axes)))
+        return {"value": axes, "scale": tuple(a for a in axes if self.axes[a[0]] in "sb")}
 
     def expand(self, terms: tuple[Term, ...]) -> tuple[Term, ...]:
         """The copy alone, in the base's dtype."""
         wide = self.base.astype(self.value.dtype)
-        return (Term(dense=(self.scale * self.value + (1 - self.scale) * wide).astype(self.base.dtype)),)
+        scale = self.scale.reshape([n if x in "sb" else 1 for n, x in zip(self.value.shape, self.axes)])
+        return (Term(dense=(scale * self.value + (1 - scale) * wide).astype(self.base.dtype)),)
 
 
 @method
@@ -62,7 +65,8 @@ def _full(leaf: Leaf) -> Full:
     return Full(
         base=leaf.value,
         value=jnp.array(leaf.value, wide_dtype(leaf.type.dtype), copy=True),
-        scale=jnp.ones((), jnp.float32),
+        scale=jnp.ones(leaf.sizes("sb"), jnp.float32),
+        axes=leaf.axes,
     )
 
 
