@@ -124,7 +124,8 @@ def _ranked(subscripts: str, axes: str, gone: str) -> str:
 
 
 def _dense_full(x: Full, base: Any) -> Any:
-    return x.scale * x.value + (1 - x.scale) * base
+    scale = x.scale.reshape([n if k in "sb" else 1 for n, k in zip(x.value.shape, x.axes)])
+    return scale * x.value + (1 - scale) * base
 
 
 ORACLES: dict[type, Callable[[Any, Any], Any]] = {LoRA: _dense_lora, Full: _dense_full}
