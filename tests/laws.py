@@ -92,7 +92,7 @@ METHODS: dict[str, Row] = {
     "lora_gaussian": _lora(init="gaussian"),
     "lora_zero_a": _lora(init="zero_a"),
     "pissa": _lora(init="pissa"),
-    "olora": _lora(init="olora"),
+    "olora": _lora(init="olora", alpha=1),  # it subtracts `scale` times a part of W: in bfloat16, 3 times would drown the rest
     "lora_orthogonal": _lora(init="orthogonal"),
     "lora_fa": _lora(train_a=False),
     "lora_dropout": _lora(dropout=0.5),
