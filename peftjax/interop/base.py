@@ -1,0 +1,71 @@
+"""The model that an adapter is for, as torch would call its parts, and what an adapter's options choose in it."""
+
+import dataclasses
+import re
+from typing import Any, Iterable, Mapping, Sequence
+
+from peftjax.flat import near
+from peftjax.interop.match import saved, targeted
+from peftjax.interop.names import Spot
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """The parameters of a model by their torch names."""
+
+    spots: Mapping[str, Spot]
+
+    @property
+    def modules(self) -> list[str]:
+        """The names of the modules that have parameters."""
+        return list(dict.fromkeys(spot.module for spot in self.spots.values()))
+
+    def at(self, path: str) -> list[Spot]:
+        """The parameters that one leaf holds."""
+        return [spot for spot in self.spots.values() if spot.path == path]
+
+    def kernels(self, options: Mapping[str, Any]) -> list[Spot]:
+        """The kernels of the modules that `target_modules` and its companions name.
+
+        Raises:
+          ValueError: they name none, name a module without a kernel, or name regexes that are none.
+        """
+        try:
+            hit = [module for module in self.modules if targeted(module, options)]
+        except re.error as error:
+            raise ValueError(f"target_modules or one of its companions is no regex: {error}") from None
+        kernels = [spot for spot in self.spots.values() if spot.is_kernel]
+        found = [spot for spot in kernels if spot.module in set(hit)]
+        bare = set(hit) - {spot.module for spot in found}
+        if bare:
+            raise ValueError(f"target_modules names {', '.join(sorted(bare)[:5])}, which have no kernel")
+        if not found:
+            wanted = options["target_modules"]
+            last = wanted if isinstance(wanted, str) else (wanted or [""])[0]
+            raise ValueError(
+                f"target_modules={wanted!r} names no module of this model (nearest: {near(last, self.modules)}); does "
+                "`names` map its leaves to the torch names?"
+            )
+        return found
+
+    def saved(self, modules: Iterable[str] | None) -> list[Spot]:
+        """The parameters of the modules that `modules_to_save` names."""
+        return [spot for spot in self.spots.values() if saved(spot.module, modules or ())]
+
+    def leaves(self, chosen: Iterable[Spot], why: str) -> list[str]:
+        """The paths of some parameters' leaves.
+
+        Raises:
+          ValueError: some parameters of a stacked leaf are chosen and others are not.
+        """
+        names = {spot.name: spot.path for spot in chosen}
+        paths = list(dict.fromkeys(names.values()))
+        for path in paths:
+            if left := [spot.name for spot in self.at(path) if spot.name not in names]:
+                raise ValueError(f"{path} stacks several parameters; {why} names some of them, but not {left[0]}")
+        return paths
+
+
+def regex(paths: Sequence[str]) -> str:
+    """The pattern that names these leaves and no others."""
+    return "|".join(map(re.escape, paths))

@@ -1,0 +1,150 @@
+"""Reading `adapter_config.json`: every option is known, of its type, and supported, or named in an error."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Callable, Mapping
+
+from peftjax.flat import near
+from peftjax.interop.tensors import unique_json
+
+CONFIG = "adapter_config.json"
+
+# Where an adapter came from, and what was decided before it was trained: nothing that it computes depends on them.
+REMARKS = {
+    *(
+        "peft_type",
+        "peft_version",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "task_type",
+    ),
+    *("runtime_config", "fan_in_fan_out", "megatron_core", "qalora_group_size", "eva_config", "init_weights"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One key of a configuration: its value where it is missing, what it may be, and that in words."""
+
+    default: Any
+    valid: Callable[[Any], bool]
+    expected: str
+
+
+def is_whole(x: Any) -> bool:
+    """Whether x is an integer, which a boolean is not."""
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
+def is_number(x: Any) -> bool:
+    """Whether x is a number, and finite."""
+    return (is_whole(x) and abs(x) < 2**53) or (isinstance(x, float) and abs(x) < float("inf"))
+
+
+def _strings(x: Any) -> bool:
+    return isinstance(x, list) and all(isinstance(name, str) for name in x)
+
+
+def _table(x: Any, valid: Callable[[Any], bool]) -> bool:
+    return isinstance(x, dict) and all(map(valid, x.values()))
+
+
+def whole(default: int | None, least: int = 0) -> Option:
+    """An integer."""
+    optional = default is None
+    fits = lambda x: (is_whole(x) and least <= x < 2**31) or (optional and x is None)
+    return Option(default, fits, f"an integer from {least} on")
+
+
+def number(default: float) -> Option:
+    """A number."""
+    return Option(default, is_number, "a finite number")
+
+
+def flag(default: bool) -> Option:
+    """A boolean."""
+    return Option(default, lambda x: isinstance(x, bool), "true or false")
+
+
+def names(needed: bool = False) -> Option:
+    """A regex, or a list of names."""
+    empty: tuple[Any, ...] = ("", []) if needed else (None,)
+    fits = lambda x: x not in empty if isinstance(x, str) or _strings(x) else not needed and x is None
+    return Option(None, fits, "a regex or a list of names")
+
+
+def listed() -> Option:
+    """A list of names."""
+    return Option(None, lambda x: x is None or _strings(x), "a list of names")
+
+
+def wholes() -> Option:
+    """An integer, or a list of integers."""
+    fits = lambda x: x is None or is_whole(x) or (isinstance(x, list) and all(map(is_whole, x)))
+    return Option(None, fits, "an integer or a list of integers")
+
+
+def table(valid: Callable[[Any], bool], expected: str) -> Option:
+    """A table from regexes to values."""
+    return Option({}, lambda x: x is None or _table(x, valid), f"a table from regexes to {expected}")
+
+
+def one_of(default: Any, *choices: Any) -> Option:
+    """One of some values; of equal ones, of the same type."""
+    same = lambda x: any(type(x) is type(c) and x == c for c in choices)
+    return Option(default, same, f"one of {', '.join(map(json.dumps, choices))}")
+
+
+def read_page(folder: Path) -> dict[str, Any]:
+    """The configuration in a folder, as it stands there.
+
+    Raises:
+      ValueError: it is missing, is no JSON object, or does not say which method it is of.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {CONFIG}; found {_contents(folder)}")
+    try:
+        page = unique_json(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    if not isinstance(page, dict):
+        raise ValueError(f"{path} holds a {type(page).__name__}, expected an object")
+    return page
+
+
+def _contents(folder: Path) -> str:
+    if not folder.is_dir():
+        return "no folder of that name"
+    return ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "an empty folder"
+
+
+def read_options(page: Mapping[str, Any], known: Mapping[str, Option], where: str) -> dict[str, Any]:
+    """The options of a page with their defaults.
+
+    Raises:
+      ValueError: lists every option of a wrong type, and every one that is not supported and is not switched off.
+    """
+    faults = []
+    for key, value in page.items():
+        if key in known:
+            if not known[key].valid(value):
+                faults.append(f"{key} is {value!r}, expected {known[key].expected}")
+        elif key not in REMARKS and value not in (None, False, 0, "", [], {}):
+            faults.append(f"{key}={value!r} is not supported (nearest that is: {near(key, known)})")
+    faults += [
+        f"{key} is missing, expected {option.expected}"
+        for key, option in known.items()
+        if key not in page and not option.valid(option.default)
+    ]
+    if faults:
+        raise ValueError(f"{where} cannot be read:\n  " + "\n  ".join(faults))
+    return {key: page.get(key, option.default) for key, option in known.items()}
+
+
+def write_page(path: Path, page: Mapping[str, Any]) -> None:
+    """Writes a configuration as peft does: sorted keys, two spaces."""
+    path.write_text(json.dumps(page, indent=2, sort_keys=True))

@@ -1,0 +1,130 @@
+"""What a method of Hugging Face peft is to the reader and the writer, and what all of them share."""
+
+import dataclasses
+from typing import Any, Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+
+from peftjax.factored import materialise
+from peftjax.interop.base import Base, regex
+from peftjax.interop.config import Option
+from peftjax.interop.layout import layout, whole
+from peftjax.interop.match import targets_of
+from peftjax.interop.names import Spot
+from peftjax.interop.slots import Part, Parts
+from peftjax.method import Method
+from peftjax.methods.unfreeze import Full, unfreeze
+from peftjax.overlay import Overlay, layers
+from peftjax.paths import flatten
+
+HEADS = ("classifier", "score")
+# Peft saves these with their updates, lest the vocabulary was extended.
+TABLES = ("embed_tokens", "lm_head")
+Options = Mapping[str, Any]
+# A leaf with an overlay on it: its path, the overlay, and the torch parameters it holds.
+Tuned = tuple[str, Overlay, list[Spot]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """One method of peft.
+
+    Attributes:
+      options: what its configuration may say.
+      method: what adapts the model, from the options.
+      parts: the tensors of its overlays.
+      page: the configuration that says what its overlays do.
+      prefix: what stands before the tensors' names.
+      beside: further tensors that a file holds, with the values they must have.
+      plain: by type of overlay, the same overlay as peft's files can hold it.
+    """
+
+    options: Mapping[str, Option]
+    method: Callable[[Options, Base], list[Method]]
+    parts: Mapping[type, Parts]
+    page: Callable[[Sequence[Tuned], Base], dict[str, Any]]
+    prefix: str = "base_model.model."
+    beside: Callable[[Options, Base, Any], dict[str, Any]] = lambda options, base, params: {}
+    plain: Mapping[type, Callable[[Any], Any]] = dataclasses.field(default_factory=dict)
+
+
+def trained_whole(options: Options, base: Base, kernels: Sequence[Spot]) -> list[Method]:
+    """`modules_to_save` and `bias`: the leaves that are trained themselves."""
+    saved = base.saved(options.get("modules_to_save"))
+    for spot in saved:
+        if spot.role.op == "embedding" and len(set(spot.role.uses)) > 1:
+            raise ValueError(
+                f"modules_to_save names {spot.module}, which this model uses twice, as a table and as its head; peft "
+                "trains a copy for the table alone, and a leaf of a tree is one array for both"
+            )
+    bias, adapted = options.get("bias", "none"), {spot.module for spot in kernels}
+    biases = [spot for spot in base.spots.values() if is_bias(spot) and (bias == "all" or spot.module in adapted)]
+    chosen = [*saved, *(biases if bias != "none" else [])]
+    paths = base.leaves(chosen, "modules_to_save or bias")
+    return [unfreeze(regex(paths))] if paths else []
+
+
+def is_bias(spot: Spot) -> bool:
+    """Whether torch calls a parameter a bias."""
+    return spot.name.rpartition(".")[2] == "bias"
+
+
+def full_parts(adapted: set[str]) -> Parts:
+    """The tensor of a leaf that is trained itself; one in an adapted module lies in its `base_layer`."""
+
+    def parts(x: Any, spot: Spot) -> list[Part]:
+        last = spot.name.rpartition(".")[2]
+        inside = spot.module in adapted
+        return [Part("value", spot.of_module(f"base_layer.{last}") if inside else spot.name, whole(spot))]
+
+    return parts
+
+
+def adapted_modules(tuned: Any, base: Base, parts: Mapping[type, Parts]) -> set[str]:
+    """The modules whose parameters hold an overlay of the method."""
+    held = {path for path, leaf in flatten(tuned) if any(type(x) in parts for x in layers(leaf))}
+    return {spot.module for spot in base.spots.values() if spot.path in held and spot.is_kernel}
+
+
+def tables(base: Base, adapted: Iterable[str]) -> list[Spot]:
+    """The tables of a vocabulary, and heads over it, in these modules."""
+    kernels = [spot for spot in base.spots.values() if spot.is_kernel and spot.module in set(adapted)]
+    return [spot for spot in kernels if spot.module.rpartition(".")[2] in TABLES]
+
+
+def untouched(spot: Spot, params: Mapping[str, Any]) -> np.ndarray:
+    """The tensor of a parameter as the base has it."""
+    value = np.asarray(materialise(params[spot.path])).astype(np.float32)
+    return layout(spot, [(k,) for k in range(value.ndim)], value.shape, whole(spot)).read(value)
+
+
+def saved_page(
+    full: Sequence[Tuned], adapted: set[str], base: Base, task_type: str | None
+) -> tuple[dict[str, Any], list[Spot]]:
+    """What the configuration says of leaves that are trained themselves, and the parameters that a file then holds.
+
+    Peft trains all biases, those of the adapted modules, or none, and other parameters by whole modules: where a tree
+    trains fewer, the file holds the base's values for the rest.
+
+    Raises:
+      ValueError: a trained leaf lies in an adapted module, and is no bias.
+    """
+    spots = [spot for _, _, held in full for spot in held]
+    inside = [spot for spot in spots if spot.module in adapted]
+    if wrong := [spot.name for spot in inside if not is_bias(spot)]:
+        raise ValueError(f"{', '.join(wrong)} are trained themselves and adapted too, which peft has no tensor for")
+    biases = [spot for spot in base.spots.values() if is_bias(spot)]
+    names = {spot.name for spot in spots}
+    if inside and names >= {spot.name for spot in biases}:
+        rest = {spot.module for spot in spots if not is_bias(spot)}
+        held = [spot for spot in base.spots.values() if spot.module in rest or is_bias(spot)]
+        return _page("all", rest, base), held
+    modules = {spot.module for spot in spots if spot.module not in adapted}
+    if task_type in ("SEQ_CLS", "TOKEN_CLS"):
+        modules |= {spot.module for spot in base.saved(HEADS)}
+    held = [s for s in base.spots.values() if s.module in modules or (inside and is_bias(s) and s.module in adapted)]
+    return _page("lora_only" if inside else "none", modules, base), held
+
+
+def _page(bias: str, modules: set[str], base: Base) -> dict[str, Any]:
+    return {"bias": bias, "modules_to_save": targets_of(modules, base.modules) if modules else None}

@@ -1,0 +1,170 @@
+"""Adapters of Hugging Face peft: `adapter_config.json` and `adapter_model.safetensors`, in and out. Nothing needs torch."""
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from peftjax import method as methods
+from peftjax.flat import near, not_finite
+from peftjax.folders import replacing
+from peftjax.interop.base import Base
+from peftjax.interop.config import CONFIG, read_options, read_page, write_page
+from peftjax.interop.formats import Format, adapted_modules, full_parts, saved_page, tables, untouched
+from peftjax.interop.names import Names, spots
+from peftjax.interop.peft_lora import LORA
+from peftjax.interop.pickles import read_pickle
+from peftjax.interop.slots import Slot, fill, read_slots, slots
+from peftjax.interop.tensors import read_tensors, write_tensors
+from peftjax.method import Method
+from peftjax.methods.unfreeze import Full
+from peftjax.overlay import Overlay, layers
+from peftjax.paths import flatten
+from peftjax.roles import Roles
+from peftjax.tree import entries, map_layers, strip
+
+TENSORS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+FORMATS: dict[str, Format] = {"LORA": LORA}
+
+
+class Read(NamedTuple):
+    """An adapter's configuration, read: how the method is stored, its options, the model, and the method itself."""
+
+    format: Format
+    options: dict[str, Any]
+    base: Base
+    method: Method
+
+
+def method(path: str | os.PathLike[str], params: Any, roles: Roles, names: Names = None) -> Method:
+    """The method that an adapter's configuration describes, to train with, or to save with `peftjax.save`.
+
+    Args:
+      path: a folder with `adapter_config.json`.
+      params: the model's parameters.
+      roles: what `peftjax.roles` says of them.
+      names: from paths to torch names, as `peftjax.interop.names.spots` reads them.
+
+    Returns:
+      A chain of methods whose targets are the leaves' paths.
+
+    Raises:
+      ValueError: an unknown method, options that are of a wrong type or not supported, or that name no module.
+    """
+    return _read(Path(path), params, roles, names).method
+
+
+def load(path: str | os.PathLike[str], params: Any, roles: Roles, names: Names = None, *, pickles: bool = False) -> Any:
+    """Lays an adapter of Hugging Face peft on a model's parameters.
+
+    Args:
+      path: a folder with `adapter_config.json` and `adapter_model.safetensors`, as `save_pretrained` writes it.
+      params: the model's parameters, of any framework.
+      roles: what `peftjax.roles` says of them; they tell which axes of a kernel are torch's inputs and outputs.
+      names: from paths to torch names, where the default (`a/b/kernel` is `a.b.weight`) is not right; see
+        `peftjax.interop.names.spots`.
+      pickles: whether an `adapter_model.bin` is read where there is no safetensors file. It is not run: only tensors
+        are admitted.
+
+    Returns:
+      The tuned tree, on the buffers of `params`.
+
+    Raises:
+      ValueError: lists everything in the folder that is damaged, unknown, not supported, or does not fit the model.
+    """
+    folder = Path(path)
+    found = _read(folder, params, roles, names)
+    file, tensors = _tensors(folder, pickles)
+    try:
+        tuned = found.method.init(jax.random.key(0), params, roles)
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from error
+    wanted = _slots(tuned, found.format, found.base)
+    beside = found.format.beside(found.options, found.base, params)
+    prefixed = {found.format.prefix + name: value for name, value in beside.items()}
+    return fill(tuned, wanted, tensors, prefixed, str(file))
+
+
+def _read(folder: Path, params: Any, roles: Roles, names: Names) -> Read:
+    page = read_page(folder)
+    kind = page.get("peft_type")
+    if not isinstance(kind, str) or kind not in FORMATS:
+        raise ValueError(
+            f"{folder / CONFIG}: peft_type is {kind!r}, expected one of {', '.join(FORMATS)} "
+            f"(nearest: {near(str(kind), FORMATS)})"
+        )
+    format = FORMATS[kind]
+    options = read_options(page, format.options, str(folder / CONFIG))
+    base = Base(spots(params, roles, names))
+    try:
+        return Read(format, options, base, methods.chain(*format.method(options, base)))
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from error
+
+
+def _tensors(folder: Path, pickles: bool) -> tuple[Path, dict[str, Any]]:
+    if (folder / TENSORS).is_file() or not (folder / PICKLE).is_file():
+        return folder / TENSORS, read_tensors(folder / TENSORS)
+    if not pickles:
+        raise ValueError(
+            f"{folder} has no {TENSORS}, but a {PICKLE}: a pickle, which is a program. `pickles=True` reads it without "
+            "running it, and admits tensors alone"
+        )
+    return folder / PICKLE, read_pickle(folder / PICKLE)
+
+
+def _slots(tuned: Any, format: Format, base: Base) -> list[Slot]:
+    parts = {**format.parts, Full: full_parts(adapted_modules(tuned, base, format.parts))}
+    return slots(tuned, base, parts, format.prefix)
+
+
+def save(
+    path: str | os.PathLike[str], tuned: Any, roles: Roles, names: Names = None, *, task_type: str | None = None
+) -> None:
+    """Writes an adapter that Hugging Face peft loads.
+
+    The folder appears when it is complete; one that was there before is replaced then, and not a moment earlier.
+
+    Args:
+      path: where to; it becomes a folder of two files.
+      tuned: a tree whose overlays are of one method of peft, beside leaves that are trained themselves.
+      roles: what `peftjax.roles` says of its leaves.
+      names: from paths to torch names, as for `load`.
+      task_type: peft's name of the task ("CAUSAL_LM", "SEQ_CLS", ...), which chooses the class peft loads it with.
+
+    Raises:
+      ValueError: overlays that peft has no file for, of several methods, or not finite; names that are not one-to-one.
+    """
+    base = Base(spots(strip(tuned), roles, names))
+    format = _format(tuned)
+    tuned = map_layers(lambda _, x: format.plain.get(type(x), lambda same: same)(x), tuned)
+    if broken := not_finite((e.key, e.value) for e in entries(tuned) if e.trains):
+        raise ValueError(f"not saved, for these hold a NaN or an infinity: {', '.join(broken)}. Did training diverge?")
+    of = lambda kinds: [(p, x, base.at(p)) for p, leaf in flatten(tuned) for x in layers(leaf) if type(x) in kinds]
+    adapted = adapted_modules(tuned, base, format.parts)
+    saved, held = saved_page(of([Full]), adapted, base, task_type)
+    page = {**format.page(of(format.parts), base), **saved, "task_type": task_type, "inference_mode": True}
+    tensors = read_slots(tuned, _slots(tuned, format, base))
+    leaves = dict(flatten(strip(tuned)))
+    parts = full_parts(adapted)
+    for spot in held:
+        for part in parts(None, spot):
+            tensors.setdefault(format.prefix + part.name, untouched(spot, leaves))
+    for spot in tables(base, adapted):
+        tensors[format.prefix + spot.of_module("base_layer.weight")] = untouched(spot, leaves)
+    with replacing(Path(os.path.realpath(path)), {TENSORS, CONFIG}) as new:
+        write_tensors(new / TENSORS, tensors)
+        write_page(new / CONFIG, page)
+
+
+def _format(tuned: Any) -> Format:
+    kinds = {type(x): x for _, leaf in flatten(tuned) for x in layers(leaf) if type(x) is not Full}
+    fits = [format for format in FORMATS.values() if kinds and all(kind in format.parts for kind in kinds)]
+    if not fits:
+        known = sorted({kind.__name__ for format in FORMATS.values() for kind in format.parts})
+        raise ValueError(
+            f"peft has no file for {', '.join(sorted(kind.__name__ for kind in kinds)) or 'this tree'}; expected "
+            f"overlays of one of its methods: {', '.join(known)}"
+        )
+    return fits[0]

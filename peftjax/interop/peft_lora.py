@@ -1,0 +1,169 @@
+"""LoRA as Hugging Face peft saves it."""
+
+import math
+from collections import Counter
+from typing import Any, Iterator, Sequence
+
+import jax.numpy as jnp
+
+from peftjax.interop import config
+from peftjax.interop.base import Base, regex
+from peftjax.interop.formats import Format, Options, Tuned, tables, trained_whole, untouched
+from peftjax.interop.layout import window
+from peftjax.interop.match import pattern_value, patterns_of, targets_of
+from peftjax.interop.names import Spot
+from peftjax.interop.slots import Part, constant
+from peftjax.method import Method
+from peftjax.methods.lora import LoRA, lora
+from peftjax.paths import flatten
+
+TARGETS = {
+    "target_modules": config.names(needed=True),
+    "exclude_modules": config.names(),
+    "layers_to_transform": config.wholes(),
+    "layers_pattern": config.names(),
+    "modules_to_save": config.listed(),
+}
+OPTIONS = {
+    **TARGETS,
+    "r": config.whole(8, least=1),
+    "lora_alpha": config.number(8),
+    "lora_dropout": config.number(0.0),
+    "rank_pattern": config.table(lambda x: config.is_whole(x) and x > 0, "positive integers"),
+    "alpha_pattern": config.table(config.is_number, "numbers"),
+    "use_rslora": config.flag(False),
+    "bias": config.one_of("none", "none", "all", "lora_only"),
+    # "eva" chooses A from data, and leaves W; "corda", "lora_ga" and "loftq" change W by what no file holds.
+    "init_lora_weights": config.one_of(True, True, False, "gaussian", "eva", "orthogonal", "pissa", "olora"),
+}
+
+
+def method(options: Options, base: Base) -> list[Method]:
+    """LoRA on the target modules, and training of the modules and biases to save."""
+    kernels = base.kernels(options)
+    groups: dict[tuple[Any, ...], list[Spot]] = {}
+    for spot in kernels:
+        if spot.role.groups > 1:
+            raise ValueError(f"{spot.module} is a grouped convolution, of which peft reads all channels for each group")
+        groups.setdefault((uses(spot), chosen_layers(spot, kernels)), []).append(spot)
+    made = [_lora(options, spots, *key) for key, spots in groups.items()]
+    return [*made, *trained_whole(options, base, kernels)]
+
+
+def uses(spot: Spot) -> tuple[str, ...] | None:
+    """Peft updates a table where it is looked up, and not where it is the head as well."""
+    return ("gather",) if spot.role.op == "embedding" and len(set(spot.role.uses)) > 1 else None
+
+
+def chosen_layers(spot: Spot, chosen: Sequence[Spot]) -> tuple[int, ...] | None:
+    """Of a leaf that stacks layers, those that are chosen; None where all are."""
+    if "s" not in spot.role.axes:
+        return None
+    numbers = tuple(sorted({s.index[0] for s in chosen if s.path == spot.path}))
+    return None if len(numbers) == spot.shape[spot.role.axes.index("s")] else numbers
+
+
+def by_path(spots: Sequence[Spot], patterns: Any, default: Any, what: str) -> dict[str, Any]:
+    """The value at each leaf, where it is not the default.
+
+    Raises:
+      ValueError: the layers of a stacked leaf have different values.
+    """
+    values: dict[str, list[Any]] = {}
+    for spot in spots:
+        values.setdefault(spot.path, []).append(pattern_value(patterns or {}, spot.module, default))
+    found = {path: constant(v, f"the layers that {path} stacks have a {what}: they") for path, v in values.items()}
+    return {regex([path]): value for path, value in found.items() if value != default}
+
+
+def _lora(options: Options, spots: Sequence[Spot], uses: Any, layers: Any) -> Method:
+    init = options["init_lora_weights"]
+    return lora(
+        options["r"],
+        options["lora_alpha"],
+        targets=regex(list(dict.fromkeys(spot.path for spot in spots))),
+        rslora=options["use_rslora"],
+        dropout=options["lora_dropout"],
+        init=init if init in ("pissa", "olora") else "kaiming",
+        rank_pattern=by_path(spots, options["rank_pattern"], options["r"], "rank"),
+        alpha_pattern=by_path(spots, options["alpha_pattern"], options["lora_alpha"], "alpha"),
+        layers=layers,
+        uses=uses,
+    )
+
+
+def parts(x: Any, spot: Spot) -> Iterator[Part]:
+    """A is (r, in) and B is (out, r); a table's have names of their own, a convolution's A has its window."""
+    op, size = spot.role.op, [1] * len(window(spot)) if spot.role.op == "conv" else []
+    a, b = ("lora_embedding_A", "lora_embedding_B") if op == "embedding" else ("lora_A.weight", "lora_B.weight")
+    yield Part("a", spot.of_module(a), ("rank", "c", "x") if op == "conv" else ("rank", "i"))
+    yield Part("b", spot.of_module(b), ("o", "rank", *size))
+
+
+def beside(options: Options, base: Base, params: Any) -> dict[str, Any]:
+    """The base's tables, and the biases that peft lists a second time."""
+    leaves = dict(flatten(params))
+    kernels = base.kernels(options)
+    copied = [*tables(base, [spot.module for spot in kernels]), *(s for s in kernels if s.role.op == "embedding")]
+    found: dict[str, Any] = {spot.of_module("base_layer.weight"): untouched(spot, leaves) for spot in copied}
+    if options["bias"] == "all":
+        for spot in base.saved(options["modules_to_save"]):
+            found |= {spot.of_module(f"{copy}.bias"): None for copy in ("original_module", "modules_to_save")}
+    return found
+
+
+def ranks(tuned: Sequence[Tuned]) -> dict[str, tuple[int, float]]:
+    """The rank and the scale of each module."""
+    found = {}
+    for _, x, spots in tuned:
+        rank = x.a.shape[x.labels()["a"].index("rank")]
+        for spot in spots:
+            found[spot.module] = (rank, float(x.scale[spot.index]) if x.scale.ndim else float(x.scale))
+    return found
+
+
+def rank_page(found: dict[str, tuple[int, float]]) -> dict[str, Any]:
+    """Ranks, and alphas that make these scales: the usual ones, and the others by name.
+
+    `alpha / sqrt(r)` is chosen where it alone makes every alpha a whole number.
+    """
+    plain = {module: _neat(scale * rank) for module, (rank, scale) in found.items()}
+    rooted = {module: _neat(scale * math.sqrt(rank)) for module, (rank, scale) in found.items()}
+    whole = lambda alphas: all(isinstance(alpha, int) for alpha in alphas.values())
+    rslora = whole(rooted) and not whole(plain)
+    alphas = rooted if rslora else plain
+    rank, alpha = (Counter(v).most_common(1)[0][0] for v in ([r for r, _ in found.values()], list(alphas.values())))
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": patterns_of({module: r for module, (r, _) in found.items()}, rank),
+        "alpha_pattern": patterns_of(alphas, alpha),
+        "use_rslora": rslora,
+    }
+
+
+def _neat(x: float) -> int | float:
+    return round(x) if math.isclose(x, round(x), rel_tol=1e-6) else x
+
+
+def plain(x: LoRA) -> LoRA:
+    """The same update without the product it started from, which peft's files do not hold: as further ranks."""
+    if x.a0 is None:
+        return x
+    join = lambda name, one, other: jnp.concatenate([one, other], x.labels()[name].index("rank"))
+    return x.replace(a=join("a", x.a, x.a0), b=join("b", x.b, -x.b0), a0=None, b0=None)
+
+
+def page(tuned: Sequence[Tuned], base: Base) -> dict[str, Any]:
+    """The configuration of these updates."""
+    found = ranks(tuned)
+    return {
+        **rank_page(found),
+        "target_modules": targets_of(found, base.modules),
+        "lora_dropout": constant((x.dropout for _, x, _ in tuned), "dropout rates"),
+        "init_lora_weights": True,
+        "peft_type": "LORA",
+    }
+
+
+LORA = Format(options=OPTIONS, method=method, parts={LoRA: parts}, page=page, beside=beside, plain={LoRA: plain})

@@ -1,0 +1,136 @@
+"""The tensors of an adapter: where each lies in the tuned tree, and filling them in, all or none."""
+
+import math
+from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
+
+import numpy as np
+
+from peftjax.flat import near, replaced
+from peftjax.interop.base import Base
+from peftjax.interop.layout import Layout, layout
+from peftjax.interop.names import Spot
+from peftjax.overlay import Overlay, layers
+from peftjax.paths import flatten
+from peftjax.tree import entries
+
+FLOATING = ("float32", "float16", "bfloat16")
+
+
+class Slot(NamedTuple):
+    """One tensor of a file: its name, the array of the tree it is part of (`path/field`), and how it lies there."""
+
+    name: str
+    key: str
+    layout: Layout
+
+
+class Part(NamedTuple):
+    """One field of an overlay as a tensor: the field, the tensor's name, and the order of its axes (see `layout`)."""
+
+    field: str
+    name: str
+    order: Sequence[Any]
+
+
+Parts = Callable[[Any, Spot], Iterable[Part]]
+
+
+def slots(tuned: Any, base: Base, parts: Mapping[type, Parts], prefix: str) -> list[Slot]:
+    """The tensors that hold the overlays of a tree.
+
+    Args:
+      tuned: the tree.
+      base: its parameters by torch name.
+      parts: by type of overlay, its fields as tensors; overlays of other types are passed over.
+      prefix: what stands before every tensor's name.
+    """
+    made = []
+    for path, leaf in flatten(tuned):
+        for depth, x in enumerate(layers(leaf)):
+            key = path + "/base" * depth
+            made += [
+                _slot(x, spot, part, key, prefix)
+                for spot in _spots(x, path, base, parts)
+                for part in _of(x, spot, parts)
+            ]
+    return made
+
+
+def _spots(x: Overlay, path: str, base: Base, parts: Mapping[type, Parts]) -> list[Spot]:
+    return base.at(path) if type(x) in parts else []
+
+
+def _of(x: Overlay, spot: Spot, parts: Mapping[type, Parts]) -> Iterable[Part]:
+    return parts[type(x)](x, spot)
+
+
+def _slot(x: Overlay, spot: Spot, part: Part, key: str, prefix: str) -> Slot:
+    value = getattr(x, part.field)
+    place = layout(spot, x.labels()[part.field], np.shape(value), part.order)
+    return Slot(prefix + part.name, f"{key}/{part.field}", place)
+
+
+def read_slots(tuned: Any, wanted: Iterable[Slot]) -> dict[str, np.ndarray]:
+    """The tensors, from the tree."""
+    values = {e.key: e.value for e in entries(tuned)}
+    return {slot.name: slot.layout.read(values[slot.key]) for slot in wanted}
+
+
+def fill(
+    tuned: Any, wanted: Sequence[Slot], tensors: Mapping[str, np.ndarray], beside: Mapping[str, Any], where: str
+) -> Any:
+    """The tree with a file's tensors in its fields.
+
+    Args:
+      tuned: a tree that a method has just initialised.
+      wanted: the tensors that fill it; together they hold everything that trains.
+      tensors: what the file holds.
+      beside: further names the file may hold: an array that must be equal, or None where the value does not count.
+      where: the file, for errors.
+
+    Raises:
+      ValueError: lists every tensor that is missing, unknown, of another shape or type, not finite, or not equal.
+    """
+    expected = {slot.name: slot.layout.shape for slot in wanted}
+    faults = [
+        f"missing: {n} {_shape(s)} (nearest: {near(n, tensors)})" for n, s in expected.items() if n not in tensors
+    ]
+    for name, tensor in tensors.items():
+        if name in expected:
+            faults += _faults(name, tensor, expected[name])
+        elif name not in beside:
+            faults.append(f"unknown: {name} {_shape(tensor.shape)} (nearest: {near(name, expected)})")
+        elif beside[name] is not None and not np.array_equal(tensor, beside[name]):
+            faults.append(f"other base: {name} {_shape(tensor.shape)} is not what the parameters hold")
+    if faults:
+        raise ValueError(f"{where} does not fit this model:\n  " + "\n  ".join(faults))
+    keys = {slot.key for slot in wanted}
+    flat = {e.key: np.array(e.value) for e in entries(tuned) if e.key in keys}
+    for slot in wanted:
+        slot.layout.write(flat[slot.key], tensors[slot.name].astype(np.float32))
+    return replaced(tuned, keys, flat)
+
+
+def _faults(name: str, tensor: np.ndarray, shape: tuple[int, ...]) -> list[str]:
+    if str(tensor.dtype) not in FLOATING:
+        return [f"type: {name} is {tensor.dtype}, expected one of {', '.join(FLOATING)}"]
+    if tensor.shape != shape:
+        return [f"shape: {name} is {_shape(tensor.shape)}, expected {_shape(shape)}"]
+    return [] if np.isfinite(tensor.astype(np.float32)).all() else [f"not finite: {name}"]
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return f"[{','.join(map(str, shape))}]"
+
+
+def constant(values: Iterable[Any], what: str) -> Any:
+    """The one value of several that must be the same.
+
+    Raises:
+      ValueError: they are not.
+    """
+    found = list(values)
+    first = found[0]
+    if any(x != first and not (isinstance(x, float) and math.isclose(x, first)) for x in found):
+        raise ValueError(f"{what} differ: {sorted(set(map(str, found)))}")
+    return first

@@ -1,0 +1,69 @@
+"""The golden adapters: files that other libraries saved, and the logits that their models gave with them."""
+
+import functools
+import os
+import pathlib
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peftjax as pj
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors.numpy import load_file
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+MASKS = ("full", "rightpad", "leftpad")
+os.environ.setdefault("USE_TORCH", "0")
+
+
+def adapters(model):
+    """The names of the adapters that HF peft saved for a model."""
+    return sorted(p.name for p in (GOLDEN / model).iterdir() if p.is_dir() and p.name != "base")
+
+
+def flax_tree(tensors, tree):
+    """Torch's tensors as the parameters of an unmodified Flax model."""
+    made = {}
+    for path in flatten_dict(tree):
+        tensor = tensors[".".join((*path[:-1], "bias" if path[-1] == "bias" else "weight"))]
+        made[path] = jnp.asarray(tensor.T if path[-1] == "kernel" else tensor)
+    return unflatten_dict(made)
+
+
+@functools.lru_cache
+def model(name):
+    """An unmodified Flax model of transformers: `fn(params, ids, mask)`, parameters, roles, ids, and the masks."""
+    import transformers
+
+    kinds = {
+        "bert": ("BertConfig", "FlaxBertForSequenceClassification"),
+        "llama": ("LlamaConfig", "FlaxLlamaForCausalLM"),
+    }
+    config, kind = (getattr(transformers, n) for n in kinds[name])
+    folder = GOLDEN / name / "base"
+    with warnings.catch_warnings(), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        warnings.simplefilter("ignore")
+        built = kind(config.from_json_file(folder / "config.json"))
+    params = flax_tree(load_file(folder / "model.safetensors"), built.params)
+    given = np.load(folder / "ref.npz")
+    ids, masks = jnp.asarray(given["input_ids"]), {k: jnp.asarray(given[f"mask_{k}"]) for k in MASKS}
+
+    def fn(params, ids, mask):
+        return built(ids, attention_mask=mask, params=params).logits
+
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        roles = pj.roles(fn, params, ids, masks["full"])
+    return fn, params, roles, ids, masks
+
+
+def errors(name, folder, apply, tuned):
+    """max|difference| / max|reference| of the logits of real tokens, under each mask."""
+    _, _, _, ids, masks = model(name)
+    reference, found = np.load(folder / "ref.npz"), {}
+    for kind, mask in masks.items():
+        want = reference[f"logits_{kind}"]
+        got = np.asarray(apply(tuned, ids, mask))
+        real = np.asarray(mask)[:, :, None] if want.ndim == 3 else 1
+        found[kind] = float(np.abs((got - want) * real).max() / np.abs(want).max())
+    return found

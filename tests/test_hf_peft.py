@@ -1,0 +1,271 @@
+"""Files of Hugging Face peft: read, they give its logits; written, its tensors bit for bit; damaged, one clear error."""
+
+import json
+import shutil
+
+import golden_models as golden
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peftjax as pj
+import pytest
+from peftjax.interop import hf_peft
+from safetensors.numpy import load_file, save_file
+
+pytest.importorskip("transformers")
+pytestmark = pytest.mark.third_party
+
+TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+NOT_READ = {"prefix", "prompt", "ptuning", "dora", "ia3", "adalora", "vera"}  # other methods' files: refused by name
+CASES = [(m, a) for m in ("bert", "llama") for a in golden.adapters(m)]
+READ = [case for case in CASES if case[1] not in NOT_READ]
+
+
+def loaded(model, adapter):
+    _, params, roles, _, _ = golden.model(model)
+    return hf_peft.load(golden.GOLDEN / model / adapter, params, roles)
+
+
+@pytest.mark.parametrize("model,adapter", READ)
+def test_gives_the_logits_that_peft_gives(model, adapter):
+    fn = golden.model(model)[0]
+    found = golden.errors(model, golden.GOLDEN / model / adapter, jax.jit(pj.wrap(fn)), loaded(model, adapter))
+    print(f"{model:6} {adapter:16}", *(f"{mask} {error:.1e}" for mask, error in found.items()))
+    assert max(found.values()) <= 1e-5
+
+
+@pytest.mark.parametrize("model,adapter", READ)
+def test_writes_back_what_it_read(model, adapter, tmp_path):
+    _, params, roles, _, _ = golden.model(model)
+    task = json.loads((golden.GOLDEN / model / adapter / CONFIG).read_text())["task_type"]
+    hf_peft.save(tmp_path / "a", loaded(model, adapter), roles, task_type=task)
+    want, got = load_file(golden.GOLDEN / model / adapter / TENSORS), load_file(tmp_path / "a" / TENSORS)
+    assert set(got) == set(want)
+    for name, tensor in want.items():
+        np.testing.assert_array_equal(got[name], tensor, err_msg=name)
+    again = hf_peft.load(tmp_path / "a", params, roles)
+    jax.tree.map(np.testing.assert_array_equal, pj.extract(again), pj.extract(loaded(model, adapter)))
+
+
+@pytest.mark.parametrize("model,adapter", [case for case in CASES if case not in READ])
+def test_methods_that_are_not_read_are_refused_by_name(model, adapter):
+    with pytest.raises(
+        ValueError, match="use_dora|peft_type is '(IA3|PREFIX_TUNING|PROMPT_TUNING|P_TUNING|ADALORA|VERA)'"
+    ):
+        loaded(model, adapter)
+
+
+def test_the_method_of_a_file_trains_on():
+    _, params, roles, _, _ = golden.model("bert")
+    method = hf_peft.method(golden.GOLDEN / "bert" / "rslora_pattern", params, roles)
+    tuned = method.init(jax.random.key(0), params, roles)
+    assert set(pj.extract(tuned)) == set(pj.extract(loaded("bert", "rslora_pattern")))
+
+
+def test_pissa_is_written_as_further_ranks(tmp_path):
+    fn, params, roles, ids, masks = golden.model("llama")
+    method = pj.lora(rank=2, alpha=6, targets=("q_proj", "v_proj"), init="pissa")
+    tuned = method.init(jax.random.key(0), params, roles)
+    moved = pj.insert(tuned, {k: np.asarray(x) + 0.1 for k, x in pj.extract(tuned).items()})
+    hf_peft.save(tmp_path / "a", moved, roles)
+    again = hf_peft.load(tmp_path / "a", params, roles)
+    run = jax.jit(pj.wrap(fn))
+    np.testing.assert_allclose(run(again, ids, masks["full"]), run(moved, ids, masks["full"]), atol=2e-5)
+
+
+def test_names_map_a_stacked_leaf_to_numbered_modules(tmp_path):
+    def fn(params, x):
+        step = lambda x, w: (jnp.tanh(x @ w), None)
+        return jax.lax.scan(step, x, params["layers"]["dense"]["kernel"])[0]
+
+    params = {"layers": {"dense": {"kernel": jax.random.normal(jax.random.key(0), (3, 4, 4))}}}
+    roles = pj.roles(fn, params, jnp.ones((2, 4)))
+    names = {"layers/dense/kernel": "model.layers.{layer}.dense.weight"}
+    tuned = pj.lora(rank=2, alpha=6).init(jax.random.key(1), params, roles)
+    tuned = pj.insert(tuned, {k: np.asarray(x) + 0.1 for k, x in pj.extract(tuned).items()})
+    hf_peft.save(tmp_path / "a", tuned, roles, names)
+    tensors = load_file(tmp_path / "a" / TENSORS)
+    a = tuned["layers"]["dense"]["kernel"].a
+    np.testing.assert_array_equal(tensors["base_model.model.model.layers.1.dense.lora_A.weight"], a[1].T)
+    again = hf_peft.load(tmp_path / "a", params, roles, names)
+    jax.tree.map(np.testing.assert_array_equal, pj.extract(again), pj.extract(tuned))
+
+
+@pytest.mark.parametrize(
+    "names,message",
+    [
+        ({"bert/.*": "one.weight"}, "is the name of two parameters"),
+        ({"nowhere": "one.weight", "(.*)": r"\1"}, "'nowhere' matches no path"),
+        ({"bert/(.*)": r"bert.\1"}, "classifier/kernel is named by no entry"),
+        ({"(.*": "x"}, "is no regex"),
+    ],
+)
+def test_names_are_one_to_one(names, message):
+    _, params, roles, _, _ = golden.model("bert")
+    with pytest.raises(ValueError, match=message):
+        hf_peft.load(golden.GOLDEN / "bert" / "lora", params, roles, names)
+
+
+def test_refuses_to_write_what_peft_has_no_file_for(tmp_path):
+    _, params, roles, _, _ = golden.model("bert")
+    tuned = pj.lora(rank=2, targets=("query",)).init(jax.random.key(0), params, roles)
+    broken = pj.insert(tuned, pj.extract(tuned))
+    flat = {k: np.full_like(x, np.nan) for k, x in pj.extract(broken).items()}
+    trainable, frozen = pj.partition(tuned)
+    diverged = pj.combine(jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), trainable), frozen)
+    with pytest.raises(ValueError, match="NaN"):
+        hf_peft.save(tmp_path / "a", diverged, roles)
+    with pytest.raises(ValueError, match="peft has no file for"):
+        hf_peft.save(tmp_path / "a", params, roles)
+    assert flat and not (tmp_path / "a").exists()
+
+
+# Damaged folders: one error each, that says what is wrong
+
+
+def edited(change):
+    def damage(folder):
+        tensors = load_file(folder / TENSORS)
+        first = sorted(tensors)[0]
+        change(tensors, first)
+        save_file(tensors, folder / TENSORS)
+
+    return damage
+
+
+def put(name, value):
+    return lambda tensors, first: tensors.__setitem__(name or first, value(tensors[first]))
+
+
+def page(**changes):
+    def damage(folder):
+        found = json.loads((folder / CONFIG).read_text())
+        for key, value in changes.items():
+            found.pop(key) if value is ... else found.__setitem__(key, value)
+        (folder / CONFIG).write_text(json.dumps(found))
+
+    return damage
+
+
+def cut(file, share):
+    def damage(folder):
+        data = (folder / file).read_bytes()
+        (folder / file).write_bytes(data[: int(len(data) * share)])
+
+    return damage
+
+
+def overwrite(file, at, data):
+    def damage(folder):
+        found = bytearray((folder / file).read_bytes())
+        found[at : at + len(data)] = data
+        (folder / file).write_bytes(bytes(found))
+
+    return damage
+
+
+def twice(folder):
+    data = (folder / TENSORS).read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + size].decode().rstrip()
+    name, rest = header[1:].split(":", 1)
+    more = "{" + name + ":" + rest[: rest.index("}") + 1] + "," + header[1:]
+    (folder / TENSORS).write_bytes(len(more).to_bytes(8, "little") + more.encode() + data[8 + size :])
+
+
+Q = "base_model.model.bert.encoder.layer.0.attention.self.query."
+DAMAGES = {
+    **{f"tensors cut to {k} of 24": cut(TENSORS, k / 24) for k in range(24)},
+    **{f"page cut to {k} of 24": cut(CONFIG, k / 24) for k in range(24)},
+    **{f"header length {n}": overwrite(TENSORS, 0, n.to_bytes(8, "little")) for n in (0, 1, 7, 2**20, 2**40, 2**63)},
+    **{f"byte {k} of the header is wrong": overwrite(TENSORS, k, b"\xff") for k in range(8, 40, 4)},
+    "no tensors": lambda folder: (folder / TENSORS).unlink(),
+    "no page": lambda folder: (folder / CONFIG).unlink(),
+    "empty tensors": lambda folder: (folder / TENSORS).write_bytes(b""),
+    "tensors are text": lambda folder: (folder / TENSORS).write_text("git-lfs pointer"),
+    "page is a list": lambda folder: (folder / CONFIG).write_text("[]"),
+    "page is a number": lambda folder: (folder / CONFIG).write_text("3"),
+    "page is no JSON": lambda folder: (folder / CONFIG).write_text("r: 2"),
+    "page is bytes": lambda folder: (folder / CONFIG).write_bytes(b"\xff\xfe\x00"),
+    "page of another library": lambda folder: (folder / CONFIG).write_text('{"model_type": "bert", "hidden_size": 16}'),
+    "page with a key twice": lambda folder: (folder / CONFIG).write_text('{"r": 2, "r": 4}'),
+    "page nested deeply": lambda folder: (folder / CONFIG).write_text("[" * 100_000),
+    "a tensor that stands twice": twice,
+    **{f"{n} tensors missing": edited(lambda t, _, n=n: [t.pop(k) for k in sorted(t)[:n]]) for n in (1, 2, 5)},
+    "all tensors missing": edited(lambda t, _: t.clear()),
+    "a tensor too many": edited(put(Q + "lora_C.weight", np.copy)),
+    "a tensor of a layer that is not there": edited(put(Q.replace("layer.0", "layer.9") + "lora_A.weight", np.copy)),
+    "no prefix": edited(lambda t, f: t.__setitem__(f.removeprefix("base_model.model."), t.pop(f))),
+    "the adapter's name inside": edited(lambda t, f: t.__setitem__(f.replace(".weight", ".default.weight"), t.pop(f))),
+    "a NaN": edited(put(None, lambda x: np.full_like(x, np.nan))),
+    "an infinity": edited(put(None, lambda x: np.full_like(x, np.inf))),
+    "turned": edited(lambda t, f: t.__setitem__(Q + "lora_A.weight", np.ascontiguousarray(t[Q + "lora_A.weight"].T))),
+    "flat": edited(put(None, np.ravel)),
+    "an axis more": edited(put(None, lambda x: x[None])),
+    "empty": edited(put(None, lambda x: x[:0])),
+    "a scalar": edited(put(None, lambda x: np.array(x.ravel()[0]))),
+    "A and B exchanged": edited(
+        lambda t, f: t.update(
+            {Q + "lora_A.weight": t[Q + "lora_B.weight"], Q + "lora_B.weight": t[Q + "lora_A.weight"]}
+        )
+    ),
+    **{
+        f"numbers of {d}": edited(put(None, lambda x, d=d: x.astype(d)))
+        for d in ("int32", "int8", "bool", "float64", "uint8")
+    },
+    **{f"r is {v!r}": page(r=v) for v in (0, -1, 17, 3, 4, 2.5, "2", None, True, [2], 10**12)},
+    **{f"lora_alpha is {v!r}": page(lora_alpha=v) for v in ("8", None, [], True, float("nan"), float("inf"))},
+    **{f"peft_type is {v!r}": page(peft_type=v) for v in (..., None, "LORRA", "lora", 3, [], "XLORA")},
+    **{
+        f"target_modules is {v!r}": page(target_modules=v)
+        for v in (..., None, [], "", ["qurey"], "(", 3, [3], ["dropout"])
+    },
+    "target_modules names more": page(target_modules=["query", "value", "key"]),
+    "target_modules names fewer": page(target_modules=["query"]),
+    "modules_to_save names more": page(modules_to_save=["classifier", "pooler"]),
+    "modules_to_save names fewer": page(modules_to_save=[]),
+    "modules_to_save is a number": page(modules_to_save=3),
+    **{f"bias is {v!r}": page(bias=v) for v in ("some", None, True, "all", "lora_only")},
+    **{f"rank_pattern is {v!r}": page(rank_pattern=v) for v in ({"query": 4}, {"query": "2"}, ["query"], {"query": 0})},
+    **{f"layers_to_transform is {v!r}": page(layers_to_transform=v) for v in ([0], 1, "0", [9])},
+    **{f"init is {v!r}": page(init_lora_weights=v) for v in ("corda", "loftq", 1, 0)},
+    **{k: page(**{k: True}) for k in ("use_qalora", "use_bdlora", "lora_bias_of_mine", "trainable_things")},
+    "a setting of another method": page(loftq_config={"bits": 4}),
+    "another base": lambda folder: None,
+}
+
+
+def test_there_are_enough_of_them():
+    assert len(DAMAGES) > 130
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_folder_is_one_clear_error(damage, tmp_path):
+    _, params, roles, _, _ = golden.model("bert")
+    folder = tmp_path / "adapter"
+    shutil.copytree(golden.GOLDEN / "bert" / "lora", folder)
+    DAMAGES[damage](folder)
+    if damage == "another base":
+        _, params, roles, _, _ = golden.model("llama")
+    with pytest.raises(ValueError) as caught:
+        hf_peft.load(folder, params, roles)
+    assert str(folder) in str(caught.value)
+
+
+def test_all_faults_of_a_file_are_listed_at_once(tmp_path):
+    _, params, roles, _, _ = golden.model("bert")
+    shutil.copytree(golden.GOLDEN / "bert" / "lora", tmp_path / "a")
+    tensors = load_file(tmp_path / "a" / TENSORS)
+    tensors[Q + "lora_A.wieght"] = tensors.pop(Q + "lora_A.weight")
+    tensors[Q + "lora_B.weight"] = tensors[Q + "lora_B.weight"].T.copy()
+    tensors["base_model.model.classifier.bias"][:] = np.nan
+    save_file(tensors, tmp_path / "a" / TENSORS)
+    with pytest.raises(ValueError) as caught:
+        hf_peft.load(tmp_path / "a", params, roles)
+    for fault in (
+        "missing: " + Q + "lora_A.weight [2,16]",
+        "unknown: " + Q + "lora_A.wieght",
+        "shape: " + Q + "lora_B.weight is [2,16], expected [16,2]",
+        "not finite",
+    ):
+        assert fault in str(caught.value)
