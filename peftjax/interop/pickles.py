@@ -149,7 +149,7 @@ class Program:
             raise ValueError(f"it uses the instruction {op}, which no dictionary of tensors needs")
 
     def _run(self) -> list[Any]:
-        start = len(self.stack) - 1 - self.stack[::-1].index(Mark)
+        start = max(k for k, x in enumerate(self.stack) if x is Mark)  # by identity: tensors compare by element
         items = self.stack[start + 1 :]
         del self.stack[start:]
         return items

@@ -1,0 +1,147 @@
+"""Torch's `.bin` files: tensors are read without torch, and nothing in them is run."""
+
+import collections
+import io
+import pickle
+import sys
+import types
+import zipfile
+
+import numpy as np
+import pytest
+from peftjax.interop.pickles import read_pickle
+
+
+class Storage:
+    """What torch's pickles refer to: a kind of numbers, and the entry that holds them."""
+
+    def __init__(self, kind, key, numbers):
+        self.reference, self.numbers = ("storage", kind, key, "cpu", numbers.size), numbers
+
+
+def fake(module, name, **attributes):
+    """A class or function of torch's, of which pickle writes nothing but the name."""
+    made = type(name, (), {"__module__": module, "__qualname__": name, **attributes})
+    sys.modules.setdefault(module, types.ModuleType(module))
+    setattr(sys.modules[module], name, made)
+    return made
+
+
+@pytest.fixture
+def torch_names(monkeypatch):
+    """Stand-ins for the names that torch's pickles hold."""
+    for module in ("torch", "torch._utils"):
+        monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
+    return (
+        fake("torch._utils", "_rebuild_tensor_v2"),
+        fake("torch", "FloatStorage"),
+        fake("torch._utils", "_rebuild_parameter"),
+    )
+
+
+class Pickler(pickle.Pickler):
+    """Writes tensors as torch does: a call of a rebuilding function on a reference to their numbers."""
+
+    def __init__(self, file, names):
+        super().__init__(file, protocol=2)
+        (self.tensor, self.kind, self.parameter), self.storages = names, []
+
+    def persistent_id(self, x):
+        return x.reference if isinstance(x, Storage) else None
+
+    def reducer_override(self, x):
+        if not isinstance(x, np.ndarray):
+            return NotImplemented
+        base = np.ascontiguousarray(x).ravel()
+        self.storages.append(Storage(self.kind, str(len(self.storages)), base))
+        stride = tuple(n // x.itemsize for n in np.ascontiguousarray(x).strides)
+        return self.tensor, (self.storages[-1], 0, x.shape, stride, False, collections.OrderedDict())
+
+
+def written(path, value, names, change=lambda entries: None):
+    """A file as `torch.save` writes it."""
+    out = io.BytesIO()
+    pickler = Pickler(out, names)
+    pickler.dump(value)
+    entries = {"archive/data.pkl": out.getvalue(), "archive/version": b"3\n", "archive/byteorder": b"little"}
+    entries |= {f"archive/data/{s.reference[2]}": s.numbers.tobytes() for s in pickler.storages}
+    change(entries)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data)
+    return path
+
+
+TENSORS = collections.OrderedDict(a=np.arange(6, dtype=np.float32).reshape(2, 3), b=np.ones(4, np.float32))
+
+
+def test_reads_tensors(tmp_path, torch_names):
+    found = read_pickle(written(tmp_path / "x.bin", TENSORS, torch_names))
+    assert list(found) == ["a", "b"]
+    for name, tensor in TENSORS.items():
+        np.testing.assert_array_equal(found[name], tensor)
+
+
+class Evil:
+    """Asks, when it is unpickled, for a call."""
+
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call[0], self.call[1:]
+
+
+@pytest.mark.parametrize(
+    "value,message",
+    [
+        (Evil(exec, "raise SystemExit"), "exec"),
+        (Evil(__import__, "os"), "__import__"),
+        ({"a": Evil(print, "ran")}, "print"),
+        (Evil(getattr, "a", "upper"), "getattr"),
+        ({"a": types.SimpleNamespace(x=1)}, "SimpleNamespace"),
+        ({"a": 3}, "no flat dictionary of tensors"),
+        ([1, 2], "no flat dictionary of tensors"),
+        ({"a": {"b": TENSORS["a"]}}, "no flat dictionary of tensors"),
+        ({3: TENSORS["a"]}, "no strings"),
+    ],
+)
+def test_runs_nothing(value, message, tmp_path, torch_names, capsys):
+    with pytest.raises(ValueError, match=message):
+        read_pickle(written(tmp_path / "x.bin", value, torch_names))
+    assert capsys.readouterr().out == ""
+
+
+def entry(name, change):
+    return lambda entries: entries.__setitem__(f"archive/{name}", change(entries[f"archive/{name}"]))
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (entry("data/0", lambda x: x[:-4]), "holds 5 numbers, expected 6"),
+        (lambda entries: entries.pop("archive/data/1"), "data/1"),
+        (lambda entries: entries.pop("archive/data.pkl"), "0 entries called data.pkl"),
+        (lambda entries: entries.__setitem__("other/data.pkl", b""), "2 entries called data.pkl"),
+        (entry("byteorder", lambda x: b"big"), "little-endian"),
+        *((entry("data.pkl", lambda x, k=k: x[: len(x) * k // 8]), "damaged") for k in range(8)),
+        (entry("data.pkl", lambda x: b"\x80\x02" + b"N" * 1_000_001 + b"."), "more than 1000000 instructions"),
+        (entry("data.pkl", lambda x: b"\x80\x02c__builtin__\neval\n."), "__builtin__.eval"),
+        (entry("data.pkl", lambda x: b"\x80\x02]q\x00(h\x00h\x00e."), "damaged"),
+    ],
+)
+def test_damaged(change, message, tmp_path, torch_names):
+    with pytest.raises(ValueError, match=message):
+        read_pickle(written(tmp_path / "x.bin", TENSORS, torch_names, change))
+
+
+@pytest.mark.parametrize("data", [b"", b"PK\x03\x04", b"not a zip", pickle.dumps({})])
+def test_no_zip_file(data, tmp_path):
+    (tmp_path / "x.bin").write_bytes(data)
+    with pytest.raises(ValueError, match="no zip file|damaged"):
+        read_pickle(tmp_path / "x.bin")
+
+
+def test_missing(tmp_path):
+    with pytest.raises(ValueError, match="is missing"):
+        read_pickle(tmp_path / "x.bin")
