@@ -1,6 +1,7 @@
 """What an equation says of the parameters that it uses, for `roles`."""
 
 import dataclasses
+import functools
 import math
 from typing import Any, Sequence
 
@@ -91,11 +92,11 @@ def meet(book: Book, eqn: Any, operands: Sequence[Value]) -> list[Value]:
     biased = False if residual else _meetings(book, name, operands)
     derived = derive(name, operands) if len(eqn.outvars) == 1 else None
     pending = None if residual else carried(name, eqn, operands, biased)
-    more = dict(
-        heads=heads(operands), data=any_data(operands), since=frozenset() if residual else history(eqn, operands)
+    since: frozenset[str] = frozenset() if residual else history(eqn, operands)
+    act = functools.partial(
+        Act, pending=pending, derived=derived, heads=heads(operands), data=any_data(operands), since=since
     )
-    one = [math.prod(v.aval.shape) == 1 for v in eqn.outvars]
-    outs = [Act(pending=pending, derived=derived, uniform=uniform, **more) for uniform in one]
+    outs = [act(uniform=math.prod(v.aval.shape) == 1) for v in eqn.outvars]
     if residual:
         product, stream = residual
         product.total, product.stream, product.alive = outs[0].source, stream.source, False

@@ -83,8 +83,9 @@ def settle(book: Book, step: Callable[[Outs], Outs], carry: Outs) -> Outs:
 def _same(a: Value, b: Value) -> bool:
     if isinstance(a, Fixed) and isinstance(b, Fixed):
         return (a.tracks, a.value) == (b.tracks, b.value)
-    both = isinstance(a, Act) and isinstance(b, Act)
-    return both and a.data >= b.data and a.uniform <= b.uniform and a.since >= b.since
+    if not isinstance(a, Act) or not isinstance(b, Act):
+        return False
+    return a.data >= b.data and a.uniform <= b.uniform and a.since >= b.since
 
 
 def loop(book: Book, step: Callable[[Outs], Outs], carry: Outs) -> Outs:

@@ -30,6 +30,7 @@ class Site:
 
     def along(self, y: Any) -> int:
         """The axis of tokens in what `on_output` and `on_residual` see; only where `sequence` is known."""
+        assert self.sequence is not None
         batch = [k for k, _ in self.batch]
         whole = range(y.ndim - 1 + len(self.features) + len(batch))
         return [k for k in whole if k not in (*self.features, *batch)].index(self.sequence)
