@@ -1,6 +1,7 @@
 """Convolutions with an operator: with the factor that reads, then the factors that write."""
 
 import math
+from functools import partial
 from typing import Any, Callable, Sequence
 
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ from jax import lax
 
 from peftjax.factored import Factor, Term, Weight, chain
 from peftjax.outputs import Run, dropped, split_terms, summed
-from peftjax.sides import between, sides
+from peftjax.sides import between, outside, shared, sides
 from peftjax.views import Split
 
 
@@ -18,34 +19,41 @@ def convolution(eqn: Any, operands: Sequence[Any], run: Run) -> list[Any] | None
     p = eqn.params
     if not isinstance(w, Weight) or isinstance(x, Weight) or p["batch_group_count"] != 1:
         return None
-    products = [
-        _beside(eqn, t, w, x, run) or _conv_term(t, w, x, p)
-        for t in w.only_for("conv_general_dilated").terms
-        if t.dense is None or t.factors
-    ]
-    if any(make is None for make in products):
+    w = w.only_for("conv_general_dilated")
+    ins, outs, sizes = _conv_labels(eqn, w, x)
+    plain = lambda x, array: run(eqn, [x, array])[0]
+
+    def product(term: Term, x: Any) -> Callable[[], Any] | None:
+        if found := sides(term, ins, outs):
+            return lambda: between(dropped(x, term), term, found, plain, ins, outs, sizes)
+        return _conv_term(term, w, x, p)
+
+    def inner(x: Any, w: Weight) -> Any:
+        base, products = split_terms(w, "conv_general_dilated", partial(plain, x), lambda t: product(t, x))
+        return summed(eqn, base, [make() for make in products])
+
+    around = shared(w, ins, outs)
+    if any(product(t, x) is None for _, _, part in around for t in part.terms):
         return None
-    base, _ = split_terms(w, "conv_general_dilated", lambda array: run(eqn, [x, array])[0], lambda t: None)
-    return [summed(eqn, base, [make() for make in products if make is not None])]
+    return [outside(x, around, inner, ins, outs, sizes)]
 
 
-def _beside(eqn: Any, term: Term, w: Weight, x: Any, run: Run) -> Callable[[], Any] | None:
-    """The output of a dense kernel between factors of its input channels and of its output channels."""
-    numbers, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
+def _conv_labels(eqn: Any, w: Weight, x: Any) -> tuple[tuple[Any, ...], tuple[Any, ...], dict[Any, int]]:
+    """The axes of the input and of the output, their channels in the kernel's atoms; their sizes.
+
+    The input channels of a grouped convolution are not those of its kernel.
+    """
+    numbers, sizes = eqn.params["dimension_numbers"], dict(w.layout.sizes)
     reads, writes = (w.layout.dims[k] for k in (numbers.rhs_spec[1], numbers.rhs_spec[0]))
-    found = sides(term, reads if groups == 1 else (), writes)
-    if found is None:
-        return None
-    sizes: dict[Any, int] = dict(w.layout.sizes)
 
     def labels(name: str, shape: Sequence[int], feature: int, atoms: Sequence[Any]) -> tuple[Any, ...]:
         sizes.update({(name, k): n for k, n in enumerate(shape)})
         return tuple(a for k in range(len(shape)) for a in (atoms if k == feature else ((name, k),)))
 
-    ins = labels("x", x.shape, numbers.lhs_spec[1], reads)
+    channels = numbers.lhs_spec[1]
+    ins = labels("x", x.shape, channels, reads if eqn.params["feature_group_count"] == 1 else (("x", channels),))
     outs = labels("y", eqn.outvars[0].aval.shape, numbers.out_spec[1], writes)
-    plain = lambda x, array: run(eqn, [x, array])[0]
-    return lambda: between(dropped(x, term), term, found, plain, ins, outs, sizes)
+    return ins, outs, sizes
 
 
 def _conv_term(term: Term, w: Weight, x: Any, p: dict[str, Any]) -> Callable[[], Any] | None:

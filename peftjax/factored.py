@@ -18,13 +18,17 @@ from peftjax.views import Cut, Drop, DynamicCut, Edit, Layout, Reverse, Split
 Labels = tuple[Any, ...]
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["atoms"])
+@partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["atoms", "shared"])
 @dataclasses.dataclass(frozen=True)
 class Factor:
-    """An array whose axes are atoms of the operator's axes, or inner labels (strings) that the product sums over."""
+    """An array whose axes are atoms of the operator's axes, or inner labels (strings) that the product sums over.
+
+    Factors of several terms with the same number in `shared` are one array, whatever views have made of it since.
+    """
 
     array: Any
     atoms: Labels
+    shared: int = 0
 
     def edited(self, edit: Edit, operands: Sequence[Any]) -> "Factor":
         """The factor after the operator's axes moved: untouched where it lacks the axis."""
@@ -34,15 +38,19 @@ class Factor:
         match edit:
             case Split(_, parts, sizes):
                 shape = (*self.array.shape[:k], *sizes, *self.array.shape[k + 1 :])
-                return Factor(self.array.reshape(shape), (*self.atoms[:k], *parts, *self.atoms[k + 1 :]))
+                return self.having(self.array.reshape(shape), (*self.atoms[:k], *parts, *self.atoms[k + 1 :]))
             case Drop():
-                return Factor(lax.squeeze(self.array, (k,)), (*self.atoms[:k], *self.atoms[k + 1 :]))
+                return self.having(lax.squeeze(self.array, (k,)), (*self.atoms[:k], *self.atoms[k + 1 :]))
             case Cut(_, start, limit, stride):
-                return Factor(lax.slice_in_dim(self.array, start, limit, stride, k), self.atoms)
+                return self.having(lax.slice_in_dim(self.array, start, limit, stride, k))
             case DynamicCut(_, operand, size):
-                return Factor(lax.dynamic_slice_in_dim(self.array, operands[operand], size, k), self.atoms)
+                return self.having(lax.dynamic_slice_in_dim(self.array, operands[operand], size, k))
             case Reverse():
-                return Factor(lax.rev(self.array, (k,)), self.atoms)
+                return self.having(lax.rev(self.array, (k,)))
+
+    def having(self, array: Any, atoms: Labels | None = None) -> "Factor":
+        """The same factor as a view of it: another array, with these atoms or its own."""
+        return dataclasses.replace(self, array=array, atoms=self.atoms if atoms is None else atoms)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["dense", "factors", "key"], meta_fields=["uses", "rate"])
@@ -66,6 +74,10 @@ class Term:
     def times(self, *factors: Factor) -> "Term":
         """The term with further factors."""
         return dataclasses.replace(self, factors=(*self.factors, *factors))
+
+    def dropping(self, key: Factor, rate: float) -> "Term":
+        """The term with dropout of what it reads; one that has its own keeps that."""
+        return self if self.rate and self.key is not None else dataclasses.replace(self, key=key, rate=rate)
 
     def mapped(self, on_factor: Any, dense: Any) -> "Term":
         """The term with every factor (and the key) changed, and another dense part."""
@@ -102,6 +114,12 @@ def expand(leaf: Any, path: str = "") -> Weight:
 
     kind = type_of(leaf)
     return Weight(terms(leaf), Layout.of(kind.shape), kind, path)
+
+
+def scaled(terms: Sequence[Term], factor: Factor) -> tuple[Term, ...]:
+    """Every term times one factor, which a contraction then applies once, to the sum of what the terms give."""
+    number = 1 + max((f.shared for t in terms for f in t.factors), default=0)
+    return tuple(t.times(dataclasses.replace(factor, shared=number)) for t in terms)
 
 
 def materialise(leaf: Any) -> Any:

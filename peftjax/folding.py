@@ -13,12 +13,14 @@ def can_fold(w: Weight, x: Any) -> bool:
     """Whether summing the operator loses nothing against summing outputs: float32, no dropout, no explicit axes.
 
     Nor a dense array between factors: its own output, which gradients for the factors need, would be a product more.
+    Nor where no term is dense: there is no product to spare.
     """
     wide = jnp.finfo(w.type.dtype).bits >= 32 and w.type.dtype == x.dtype
     return (
         wide
         and w.plain is None
         and not any(t.rate and t.key is not None for t in w.terms)
+        and any(t.dense is not None for t in w.terms)
         and not any(t.dense is not None and t.factors for t in w.terms)
         and compat.explicit_spec(x) is None
     )

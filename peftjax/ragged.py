@@ -3,10 +3,12 @@
 import math
 from typing import Any, Sequence
 
+import jax.numpy as jnp
 from jax import lax
 
 from peftjax.factored import Factor, Term, Weight, chain, pair
 from peftjax.outputs import Run, dropped, split_terms, summed
+from peftjax.sides import outside, shared
 from peftjax.views import only
 
 
@@ -23,8 +25,11 @@ def ragged(eqn: Any, operands: Sequence[Any], run: Run) -> list[Any] | None:
     group, (read,) = only(w.layout, groups[0]), contract[1]
     (write,) = (k for k in range(3) if k not in (groups[0], read))
     reads, writes = w.layout.dims[read], w.layout.dims[write]
-    orders = [_ragged_order(t, reads, writes, group) for t in w.terms if t.dense is None or t.factors]
-    if group is None or None in orders:
+    if group is None:
+        return None
+    parts = shared(w, (), (group, *writes))
+    outs, sizes = ("rows", *writes), {**dict(w.layout.sizes), "rows": x.shape[0]}
+    if any(_ragged_order(t, reads, writes, group) is None for *_, p in parts for t in p.terms if not _is_plain(t)):
         return None
 
     def product(term: Term) -> Any:
@@ -38,9 +43,26 @@ def ragged(eqn: Any, operands: Sequence[Any], run: Run) -> list[Any] | None:
                 if group in f.atoms
                 else pair(have, f, keep)
             )
-        return chain(have, (), ("rows", *writes), dict(w.layout.sizes))
+        return chain(have, (), outs, sizes)
 
-    return [summed(eqn, *split_terms(w, "ragged_dot", lambda array: run(eqn, [x, array, counts])[0], product))]
+    def inner(x: Any, w: Weight) -> Any:
+        return summed(eqn, *split_terms(w, "ragged_dot", lambda array: run(eqn, [x, array, counts])[0], product))
+
+    rows = [(tuple(_of_rows(f, group, counts, x.shape[0]) for f in after), (), part) for after, _, part in parts]
+    return [outside(x, rows, inner, (), outs, sizes)]
+
+
+def _is_plain(term: Term) -> bool:
+    return term.dense is not None and not term.factors
+
+
+def _of_rows(f: Factor, group: Any, counts: Any, rows: int) -> Factor:
+    """A factor of experts as one of the rows that each of them is given."""
+    if group not in f.atoms:
+        return f
+    expert = jnp.searchsorted(jnp.cumsum(counts), jnp.arange(rows, dtype=counts.dtype), side="right")
+    array = jnp.take(f.array, expert, f.atoms.index(group), mode="clip")
+    return f.having(array, tuple("rows" if a == group else a for a in f.atoms))
 
 
 def _ragged_order(term: Term, reads: Sequence[Any], writes: Sequence[Any], group: Any) -> list[Factor] | None:

@@ -15,7 +15,7 @@ from peftjax.folding import can_fold, folded
 from peftjax.lookup import lookup
 from peftjax.outputs import Rule, Run, dropped, split_terms, summed
 from peftjax.ragged import ragged
-from peftjax.sides import between, sides
+from peftjax.sides import between, outside, shared, sides
 from peftjax.views import follow
 
 
@@ -43,7 +43,7 @@ def _view(eqn: Any, operands: Sequence[Any], run: Run) -> list[Any] | None:
         def changed(f: Factor, edits: Sequence[Any] = edits) -> Factor:
             for edit in edits:
                 f = f.edited(edit, operands)
-            return Factor(lax.stop_gradient(f.array), f.atoms) if stop else f
+            return f.having(lax.stop_gradient(f.array)) if stop else f
 
         terms = tuple(t.mapped(changed, None if r is None else r[k]) for t, r in zip(w.terms, ran))
         outs.append(dataclasses.replace(w, terms=terms, layout=layout, type=eqn.outvars[k].aval))
@@ -78,7 +78,11 @@ def _dot(eqn: Any, operands: Sequence[Any], run: Run) -> list[Any] | None:
     contracted, batch = (d[1 - side] for d in eqn.params["dimension_numbers"])
     read = math.prod(x.shape[k] for k in contracted)
     rows = math.prod(n for k, n in enumerate(x.shape) if k not in (*contracted, *batch))
-    return [folded(x, w, plain, outputs)] if rows >= read and can_fold(w, x) else [outputs(x, w)]
+
+    def inner(x: Any, w: Weight) -> Any:
+        return folded(x, w, plain, outputs) if rows >= read and can_fold(w, x) else outputs(x, w)
+
+    return [outside(x, shared(w, flat, out), inner, flat, out, sizes)]
 
 
 def _dot_labels(eqn: Any, w: Weight, x: Any, side: int) -> tuple[tuple[Any, ...], tuple[Any, ...], dict[Any, int]]:

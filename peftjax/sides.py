@@ -1,10 +1,13 @@
 """A dense array between factors: the equation runs on it as it stands, its operand and its output change beside it."""
 
+import dataclasses
+import functools
+import operator
 from typing import Any, Callable, Collection, Sequence
 
 from jax import lax
 
-from peftjax.factored import Factor, Labels, Term, chain, wide_dtype
+from peftjax.factored import Factor, Labels, Term, Weight, chain, wide_dtype
 
 Sides = tuple[tuple[Factor, ...], tuple[Factor, ...]]
 
@@ -44,3 +47,32 @@ def between(
     before, after = found
     y = plain(changed(x, ins, before, sizes), term.dense)
     return changed(y, outs, after, sizes)
+
+
+Shared = Sequence[tuple[tuple[Factor, ...], tuple[Factor, ...], Weight]]
+
+
+def shared(w: Weight, ins: Collection[Any], outs: Collection[Any]) -> Shared:
+    """The operator in parts: the factors that a part's terms share on its output's axes, then its input's; the rest."""
+    return [(after, before, part) for after, rest in _apart(w, outs) for before, part in _apart(rest, ins)]
+
+
+def _apart(w: Weight, atoms: Collection[Any]) -> list[tuple[tuple[Factor, ...], Weight]]:
+    groups: dict[tuple[int, ...], tuple[tuple[Factor, ...], list[Term]]] = {}
+    for term in w.terms:
+        is_apart = [bool(f.shared) and set(f.atoms) <= set(atoms) for f in term.factors]
+        apart = tuple(f for f, a in zip(term.factors, is_apart) if a)
+        _, terms = groups.setdefault(tuple(f.shared for f in apart), (apart, []))
+        terms.append(dataclasses.replace(term, factors=tuple(f for f, a in zip(term.factors, is_apart) if not a)))
+    return [(apart, dataclasses.replace(w, terms=tuple(terms))) for apart, terms in groups.values()]
+
+
+def outside(
+    x: Any, parts: Shared, inner: Callable[[Any, Weight], Any], ins: Labels, outs: Labels, sizes: dict[Any, int]
+) -> Any:
+    """The sum of the parts' outputs `inner(x, part)`, where shared factors change input and output once."""
+
+    def output(after: Sequence[Factor], before: Sequence[Factor], part: Weight) -> Any:
+        return changed(inner(changed(x, ins, before, sizes), part), outs, after, sizes)
+
+    return functools.reduce(operator.add, [output(*part) for part in parts])

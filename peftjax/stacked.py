@@ -48,7 +48,7 @@ def _first(f: Factor | None, atom: Any) -> Any:
 
 def _rest(f: Any, array: Any, atom: Any) -> Any:
     """The factor of one step."""
-    return f if array is None else Factor(array, tuple(a for a in f.atoms if a != atom))
+    return f if array is None else f.having(array, tuple(a for a in f.atoms if a != atom))
 
 
 def _moved(term: Term, atom: Any) -> Any:
