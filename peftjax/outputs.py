@@ -28,8 +28,8 @@ def summed(eqn: Any, y: Any, deltas: Sequence[Any]) -> Any:
     kind = eqn.outvars[0].aval
     if not deltas:
         return y
-    delta = functools.reduce(operator.add, deltas)
-    delta = compat.like(delta.reshape(kind.shape).astype(kind.dtype), kind)
+    delta = functools.reduce(operator.add, [delta.reshape(kind.shape) for delta in deltas])
+    delta = compat.like(delta.astype(kind.dtype), kind)
     return delta if y is None else y + delta
 
 

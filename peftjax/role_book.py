@@ -30,6 +30,8 @@ class Notes:
     groups: int = 1
     window: tuple[int, ...] = ()
     follows: tuple[tuple[int, ...], ...] | None = None
+    meetings: int = 0  # with activations
+    strays: bool = False  # added to what another kernel makes
     activation: bool = False  # something else was its kernel
     provisional: bool = False  # no contraction yet with anything that depends on data
 
@@ -137,6 +139,7 @@ class Book:
         self.use(value.tracks, name)
         for track in value.primary:
             self.decide(track, kind if track.ops <= PLAIN[kind] else "other")
+            self.notes[track.path].meetings += not self.rehearsing
         pending = act.live if act else None
         if kind == "other" or pending is None or not pending.fresh or self.rehearsing:
             return False
@@ -154,7 +157,8 @@ class Book:
             which = n if len(tracks) == len(kernels) else 0
             kernel, notes = kernels[which], self.notes[track.path]
             notes.kernel = notes.kernel or kernel
-            if kind == "bias" and notes.kernel == kernel and notes.follows is None:
+            notes.strays |= notes.kernel != kernel
+            if kind == "bias" and notes.follows is None:
                 notes.follows = followed(track, pending, pending.product.layouts[which], notes.ndim)
             if notes.op == kind:
                 self.mark_dims(track, letters)
@@ -182,12 +186,13 @@ def followed(track: Track, pending: Pending, kernel: Layout, ndim: int) -> tuple
     """For each of a bias's `ndim` axes, those of its kernel that it lies along; None where a reshape cut one of them."""
     axes: dict[Atom, tuple[int, ...]] = {}
     assert pending.layout is not None
+    origins = _origins(pending.layout, pending.places, kernel)
     for k, dim in enumerate(track.layout.dims):
         own = [a for a in dim if is_own(a) and track.layout.size(a) > 1]
         met = [a for a in pending.layout.dims[k] if pending.layout.size(a) > 1] if own else []
-        if any(len(a) > 1 or a[0] not in pending.places for a in met):
+        if any(a not in origins for a in met):
             return None
-        atoms = [a for m in met for a in kernel.dims[pending.places[int(m[0])]] if kernel.size(a) > 1]
+        atoms = [a for m in met for a in origins[m]]
         for a in own:
             size, along = 1, []
             while atoms and size < track.layout.size(a):
@@ -199,3 +204,16 @@ def followed(track: Track, pending: Pending, kernel: Layout, ndim: int) -> tuple
         if atoms:
             return None
     return tuple(axes.get((k,), ()) for k in range(ndim))
+
+
+def _origins(out: Layout, places: Mapping[int, int], kernel: Layout) -> dict[Atom, list[Atom]]:
+    """The axes of a kernel that each axis of its output came from, or each part that a reshape left whole."""
+    origins: dict[Atom, list[Atom]] = {}
+    for k, dim in places.items():
+        parts = sorted(a for a in out.atoms if a[0] == k and out.size(a) > 1)
+        atoms = [a for a in kernel.dims[dim] if kernel.size(a) > 1]
+        if len(parts) == 1:
+            origins[parts[0]] = atoms
+        elif [out.size(a) for a in parts] == [kernel.size(a) for a in atoms]:
+            origins |= {part: [a] for part, a in zip(parts, atoms)}
+    return origins

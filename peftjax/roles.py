@@ -7,7 +7,7 @@ import jax
 
 from peftjax.call import Call
 from peftjax.overlay import type_of
-from peftjax.role_book import CONTRACTED, Book, Notes
+from peftjax.role_book import CONTRACTED, PRODUCTS, Book, Notes
 from peftjax.role_values import MIXING, UNKNOWN, Act, Derived, Fixed, Head, Product, Track, Value, heads
 from peftjax.role_walk import walk
 from peftjax.views import Layout
@@ -42,7 +42,8 @@ class Role:
         head: whether it makes the output: no other kernel contracts what it makes, and no later one reaches an output.
         groups: of a convolution, the number of its groups.
         window: of a convolution, the axes of its window.
-        follows: of a bias, for each of its axes those of its kernel that it lies along; None where that is not known.
+        follows: of a bias, for each of its axes those of its kernel that it lies along; None where that is not known, or
+            where the bias is added to something else too.
     """
 
     op: str
@@ -166,7 +167,7 @@ def roles(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Rol
         value.touch()
     head = _head(book, heads(outs))
     place = {path: k for k, path in enumerate(sorted(book.notes, key=lambda path: book.notes[path].first))}
-    return Roles({path: _role(notes, place[path], path == head) for path, notes in book.notes.items()})
+    return Roles({path: _role(book, path, place[path], path == head) for path in book.notes})
 
 
 def _traced(fn: Callable[..., Any], call: Call, types: Sequence[Any]) -> Any:
@@ -187,11 +188,14 @@ def _head(book: Book, found: frozenset[Head]) -> str | None:
     return None if alone or notes.product and notes.product.total else last.path
 
 
-def _role(notes: Notes, order: int, head: bool) -> Role:
+def _role(book: Book, path: str, order: int, head: bool) -> Role:
+    notes = book.notes[path]
+    times = sum(use in PRODUCTS for use in book.notes[notes.kernel].uses) if notes.kernel else 0
     op = notes.op or notes.hint or ("other" if notes.uses else "unused")
+    follows = None if notes.strays or notes.meetings > times else notes.follows
     sublayer = _sublayer(notes.product) if notes.product and notes.product.total else None
     more = dict(bias=notes.bias, kernel=notes.kernel, residual=sublayer is not None, norm=_norm(notes))
-    more |= dict(sublayer=sublayer, head=head, groups=notes.groups, window=notes.window, follows=notes.follows)  # type: ignore[dict-item]
+    more |= dict(sublayer=sublayer, head=head, groups=notes.groups, window=notes.window, follows=follows)  # type: ignore[dict-item]
     return Role(op, notes.axes, order, tuple(notes.uses), **more)  # type: ignore[arg-type]
 
 

@@ -30,12 +30,13 @@ import optax
 import peftjax as pj
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from peftjax.methods.ia3 import IA3
 from peftjax.methods.lora import LoRA
 from peftjax.methods.unfreeze import Full
 from peftjax.overlay import is_overlay
 from peftjax.paths import flatten
 from peftjax.targets import choose
-from peftjax.tree import map_layers
+from peftjax.tree import map_layers, resolve
 from zoo import MODELS, Model, arrays_only, paths
 
 KEY = jax.random.key(7)
@@ -86,6 +87,10 @@ def _integers(model: Model) -> str | None:
     return "integers do not train" if whole else None
 
 
+def _groups(model: Model) -> str | None:
+    return "kernel is a convolution of 2 groups" if model.name == "linen_conv_grouped" else None
+
+
 METHODS: dict[str, Row] = {
     "lora": _lora(),
     "rslora": _lora(rslora=True),
@@ -102,6 +107,8 @@ METHODS: dict[str, Row] = {
         lambda m: pj.chain(pj.lora(rank=2, alpha=6, targets=m.targets), pj.unfreeze(".*bias")), refuses=_no_bias
     ),
     "full": Row(lambda m: pj.full(), refuses=_integers),
+    "ia3": Row(lambda m: pj.ia3(m.targets)),
+    "ia3_feedforward": Row(lambda m: pj.ia3((), m.targets), refuses=_groups),
 }
 
 
@@ -128,13 +135,19 @@ def _dense_full(x: Full, base: Any) -> Any:
     return scale * x.value + (1 - scale) * base
 
 
-ORACLES: dict[type, Callable[[Any, Any], Any]] = {LoRA: _dense_lora, Full: _dense_full}
+def _dense_ia3(x: IA3, base: Any) -> Any:
+    vector = x.scale * x.vector + (1 - x.scale)
+    order = [j for along in x.lies for j in along]
+    return base * jnp.transpose(vector, order).reshape([n if along else 1 for n, along in zip(base.shape, x.lies)])
+
+
+ORACLES: dict[type, Callable[[Any, Any], Any]] = {LoRA: _dense_lora, Full: _dense_full, IA3: _dense_ia3}
 
 
 def oracle(tuned: Any) -> Any:
     """The tree with dense float32 arrays in the place of overlays, and of everything narrower than float32."""
     below = lambda x: ORACLES[type(x)](x, below(x.base)) if is_overlay(x) else widened(x)
-    return jax.tree.map(below, tuned, is_leaf=is_overlay)
+    return jax.tree.map(below, resolve(tuned), is_leaf=is_overlay)
 
 
 def widened(x: Any) -> Any:

@@ -1,0 +1,162 @@
+"""IA3: learned vectors that scale what layers put out, or what they read."""
+
+import math
+from typing import Any, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from peftjax.factored import Factor, Term
+from peftjax.method import Leaf, Method, chosen_leaves, laid, method
+from peftjax.overlay import Overlay, Ref, frozen, layers, overlay, static, trained
+from peftjax.paths import flatten
+from peftjax.roles import Role, Roles
+from peftjax.targets import Targets
+
+
+Lies = tuple[tuple[int, ...], ...]
+
+
+@overlay
+class IA3(Overlay):
+    """`(1 + scale (l - 1)) W`, the vector l along some axes of W; a bias refers to the vector of its kernel."""
+
+    base: Any = frozen()
+    vector: Any = trained()
+    scale: Any = frozen()
+    lies: Lies = static()  # for each axis of the base, those of the vector that lie along it
+    locked: tuple[str, ...] = static(default=())
+
+    def labels(self) -> dict[str, tuple[Any, ...]]:
+        """The vector has the axes that it scales, and the stacked ones."""
+        axes = sorted((j, k) for k, along in enumerate(self.lies) for j in along)
+        return {"vector": tuple((k,) for _, k in axes), "scale": ()}
+
+    def expand(self, terms: tuple[Term, ...]) -> tuple[Term, ...]:
+        """Every term of the base, scaled."""
+        order = [j for along in self.lies for j in along]
+        sizes = [math.prod(self.vector.shape[j] for j in along) for along in self.lies if along]
+        vector = jnp.transpose(self.vector, order).reshape(sizes)
+        factor = Factor(
+            1 + self.scale * (vector - 1),
+            tuple((k,) for k, along in enumerate(self.lies) if along),
+        )
+        return tuple(term.times(factor) for term in terms)
+
+
+@method
+def ia3(targets: Targets, feedforward: Targets = (), *, exclude: Targets = ()) -> Method:
+    """Scales layers by trained vectors: `y = l * (W x + b)`, and `y = W (l * x) + b` for `feedforward` kernels.
+
+    Args:
+      targets: the kernels whose outputs are scaled, their biases with them; there is no default, for which layers make
+        keys and values is a matter of names: ("key", "value") in the paper.
+      feedforward: the kernels whose inputs are scaled instead, also where `targets` names them. In the paper these are
+        the second ones of the feed-forward blocks: their input is the inner activation. The channels of a convolution
+        are scaled, not the taps of its window.
+      exclude: kernels to leave out; wins over both.
+
+    Returns:
+      The method. The vectors are float32 and start at one, so the model starts as it was, exactly. `peftjax.scale`
+      moves them towards one. A kernel and its biases share one vector, and `peftjax.merge` scales them all.
+
+    Raises:
+      ValueError: no roles, which find the biases; a kernel without the axes to scale; a bias that something else adds
+        too, or that does not lie along its kernel's outputs; inputs of a grouped convolution or of a lookup.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, peftjax as pj
+      >>> fn = lambda params, x: x @ params["key"]["kernel"] + params["key"]["bias"][None]
+      >>> params = {"key": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}}
+      >>> apply, tuned = pj.attach(pj.ia3(("key",)), fn, params, jnp.ones((1, 4)), key=jax.random.key(0))
+      >>> apply(pj.insert(tuned, {"key/kernel/vector": jnp.array([1.0, 2.0, 0.0])}), jnp.ones((1, 4)))
+      Array([[ 5., 10.,  0.]], dtype=float32)
+
+    Reference: Liu et al. 2022, arXiv 2205.05638. Hugging Face's `feedforward_modules` are `feedforward` here, and need not
+    be among `targets`.
+    """
+
+    def start(key: jax.Array, params: Any, roles: Roles | None) -> Any:
+        if roles is None:
+            raise ValueError("ia3 scales biases with their kernels: pass `roles=peftjax.roles(fn, params, batch)`")
+        find = lambda which: chosen_leaves(key, params, roles, which, exclude, kernels=True) if which else []
+        inputs = {leaf.path: leaf for leaf in find(feedforward)}
+        outputs = {leaf.path: leaf for leaf in find(targets) if leaf.path not in inputs}
+        values, made = dict(flatten(params)), {}
+        for path, leaf in {**outputs, **inputs}.items():
+            made[path] = _on_kernel(leaf, _read(leaf) if path in inputs else _written(leaf))
+        for path, leaf in outputs.items():
+            for bias in _biases(leaf, roles):
+                lies = _along(leaf, made[path].vector.shape, bias, roles[bias], values[bias].shape)
+                made[bias] = IA3(base=values[bias], vector=Ref(path, "vector"), scale=_one(), lies=lies)
+        return laid(params, made)
+
+    return Method(name="", options={}, start=start)
+
+
+def _one() -> jax.Array:
+    return jnp.ones((), jnp.float32)
+
+
+def _on_kernel(leaf: Leaf, axes: Sequence[int]) -> IA3:
+    if any(isinstance(x, IA3) for x in layers(leaf.value)):
+        raise ValueError(f"ia3: {leaf.path} already holds {leaf.value!r}: one vector says all that two could")
+    lies = tuple((axes.index(k),) if k in axes else () for k in range(len(leaf.axes)))
+    vector = jnp.ones([leaf.type.shape[k] for k in axes], jnp.float32)
+    return IA3(base=leaf.value, vector=vector, scale=_one(), lies=lies)
+
+
+def _written(leaf: Leaf) -> list[int]:
+    """The axes of a kernel's outputs."""
+    return _having(leaf, "o", [k for k, letter in enumerate(leaf.axes) if letter == "o"])
+
+
+def _read(leaf: Leaf) -> list[int]:
+    """The axes of a kernel's inputs; of a convolution, its channels."""
+    assert leaf.role is not None
+    if leaf.role.op == "embedding":
+        raise ValueError(
+            f"ia3: {leaf.path} is looked up, and reads no features; expected a linear kernel or a convolution"
+        )
+    if leaf.role.groups > 1:
+        raise ValueError(
+            f"ia3: {leaf.path} is a convolution of {leaf.role.groups} groups, whose kernel is too small to scale each "
+            "input channel by itself; name it in `targets` alone to scale its outputs, or in `exclude`"
+        )
+    channels = [k for k, letter in enumerate(leaf.axes) if letter == "i" and k not in leaf.role.window]
+    return _having(leaf, "i", channels)
+
+
+def _having(leaf: Leaf, letter: str, found: Sequence[int]) -> list[int]:
+    if not found or "?" in leaf.axes:
+        raise ValueError(f"ia3: {leaf.path} has axes {leaf.axes!r}; expected a kernel with axes {letter!r} to scale")
+    return [k for k, x in enumerate(leaf.axes) if x in "sb" or k in found]
+
+
+def _biases(leaf: Leaf, roles: Roles) -> list[str]:
+    """The biases that are added to a kernel's output."""
+    assert leaf.role is not None
+    own = [path for path, role in roles.items() if role.op == "bias" and role.kernel == leaf.path]
+    bias = leaf.role.bias
+    return own if bias is None or bias in own else [*own, bias]
+
+
+def _along(leaf: Leaf, vector: Sequence[int], path: str, role: Role, shape: Sequence[int]) -> Lies:
+    """For each axis of a bias, the vector's axes that lie along it."""
+    axes = [k for k, letter in enumerate(leaf.axes) if letter in "sbo"]
+    stacked = iter(axes.index(k) for k, letter in enumerate(leaf.axes) if letter == "s")
+    follows = role.follows if role.kernel == leaf.path and role.follows else ()
+    lies = [
+        (next(stacked, -1),) if letter == "s" else tuple(axes.index(k) for k in along)
+        for letter, along in zip(role.axes, follows)
+    ]
+    if lies:  # an axis of one entry may lie anywhere
+        lies[-1] += tuple(j for j, n in enumerate(vector) if n == 1 and j not in sum(lies, ()))
+    covered = sorted(sum(lies, ())) == list(range(len(vector)))
+    if not covered or any(math.prod(vector[j] for j in along) != n for along, n in zip(lies, shape)):
+        raise ValueError(
+            f"ia3: {path} {list(shape)} cannot scale with its kernel {leaf.path} {list(leaf.type.shape)}: it is added "
+            f"to something else too, or does not lie along the kernel's outputs; leave {leaf.path} out with `exclude`, "
+            "or name it in `feedforward` to scale its inputs"
+        )
+    return tuple(lies)
