@@ -48,6 +48,7 @@ setup(
         "optim": ["optax>=0.2.4"],
         "experiments": EXPERIMENTS,
         "test": TEST,
+        "interop": ["torch", "peft>=0.21"],  # to have HF peft itself read what is written
         "tf": ["tensorflow-cpu"],
         "cuda": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],

@@ -1,20 +1,19 @@
 """The golden adapters: files that other libraries saved, and the logits that their models gave with them."""
 
 import functools
-import os
 import pathlib
 import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peftjax as pj
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file
 
+import peftjax as pj
+
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 MASKS = ("full", "rightpad", "leftpad")
-os.environ.setdefault("USE_TORCH", "0")
 
 
 def adapters(model):

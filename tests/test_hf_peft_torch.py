@@ -1,0 +1,42 @@
+"""What peftjax writes, Hugging Face peft loads without a warning, and gives the same logits: needs torch and peft."""
+
+import json
+import os
+import warnings
+
+import golden_models as golden
+import numpy as np
+import pytest
+from test_hf_peft import CONFIG, READ, loaded
+
+from peftjax.interop import hf_peft
+
+torch = pytest.importorskip("torch", reason="needs torch: pip install 'peftjax[interop]'")
+peft = pytest.importorskip("peft", reason="needs peft: pip install 'peftjax[interop]'")
+pytestmark = pytest.mark.third_party
+
+
+def torch_model(name):
+    """The base in torch."""
+    import transformers
+
+    kind = {"bert": transformers.BertForSequenceClassification, "llama": transformers.LlamaForCausalLM}[name]
+    return kind.from_pretrained(golden.GOLDEN / name / "base").eval()
+
+
+@pytest.mark.parametrize("model,adapter", READ)
+def test_peft_loads_what_is_written(model, adapter, tmp_path):
+    _, _, roles, ids, masks = golden.model(model)
+    task = json.loads((golden.GOLDEN / model / adapter / CONFIG).read_text())["task_type"]
+    hf_peft.save(tmp_path / "a", loaded(model, adapter), roles, task_type=task)
+    base = torch_model(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tuned = peft.PeftModel.from_pretrained(base, os.fspath(tmp_path / "a")).eval()
+    reference = np.load(golden.GOLDEN / model / adapter / "ref.npz")
+    for kind, mask in masks.items():
+        with torch.no_grad():
+            got = tuned(torch.tensor(np.asarray(ids)), attention_mask=torch.tensor(np.asarray(mask))).logits.numpy()
+        want = reference[f"logits_{kind}"]
+        real = np.asarray(mask)[:, :, None] if want.ndim == 3 else 1
+        assert np.abs((got - want) * real).max() <= 1e-5 * np.abs(want).max(), kind
