@@ -65,7 +65,9 @@ def _check(tuned: Any) -> None:
     if kept:
         raise ValueError(
             f"no weight can say what these overlays do: {', '.join(kept)}. They act on outputs, add rows, or act in "
-            "some uses only. Call `wrap(fn)(tuned, ...)` instead of merging, or `strip(tuned)` for the base model"
+            "some uses only. Call `wrap(fn)(tuned, ...)` instead of merging; `disable(tuned)` switches them off, and "
+            "`strip(tuned)` is the base model. Of virtual tokens, `settle(tuned)` keeps the other overlays, and "
+            "`extract(tuned)` what trained"
         )
     broken = not_finite((e.key, e.value) for e in entries(tuned) if e.field and not e.is_base and not e.is_key)
     if broken:
