@@ -31,6 +31,7 @@ import peftjax as pj
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from peftjax.methods.ia3 import IA3
+from peftjax.methods.dora import DoRA
 from peftjax.methods.lora import LoRA
 from peftjax.methods.unfreeze import Full
 from peftjax.overlay import is_overlay
@@ -101,6 +102,9 @@ METHODS: dict[str, Row] = {
     "lora_orthogonal": _lora(init="orthogonal"),
     "lora_fa": _lora(train_a=False),
     "lora_dropout": _lora(dropout=0.5),
+    "dora": Row(lambda m: pj.dora(rank=2, alpha=6, targets=m.targets)),
+    "dora_pissa": Row(lambda m: pj.dora(rank=2, alpha=6, init="pissa", targets=m.targets)),
+    "dora_dropout": Row(lambda m: pj.dora(rank=2, alpha=6, dropout=0.5, targets=m.targets)),
     "unfreeze": Row(lambda m: pj.unfreeze(m.targets)),
     "bitfit": Row(lambda m: pj.bitfit(), refuses=_no_bias),
     "lora_and_biases": Row(
@@ -130,6 +134,15 @@ def _ranked(subscripts: str, axes: str, gone: str) -> str:
     return "".join("R" if k == first else subscripts[k] for k in kept)
 
 
+def _dense_dora(x: DoRA, base: Any) -> Any:
+    w = string.ascii_lowercase[: len(x.axes)]
+    a, b = (_ranked(w, x.axes, letter) for letter in "oi")
+    read = tuple(k for k, letter in enumerate(x.axes) if letter == "i")
+    product = lambda a_, b_: jnp.einsum(f"{a},{b}->{w}", a_, b_) * x.ratio
+    v = base + product(x.a, x.b) - (0 if x.a0 is None else product(x.a0, x.b0))
+    return jnp.expand_dims(x.m, read) * v / jax.lax.stop_gradient(jnp.sqrt(jnp.sum(v**2, read, keepdims=True)))
+
+
 def _dense_full(x: Full, base: Any) -> Any:
     scale = x.scale.reshape([n if k in "sb" else 1 for n, k in zip(x.value.shape, x.axes)])
     return scale * x.value + (1 - scale) * base
@@ -141,7 +154,7 @@ def _dense_ia3(x: IA3, base: Any) -> Any:
     return base * jnp.transpose(vector, order).reshape([n if along else 1 for n, along in zip(base.shape, x.lies)])
 
 
-ORACLES: dict[type, Callable[[Any, Any], Any]] = {LoRA: _dense_lora, Full: _dense_full, IA3: _dense_ia3}
+ORACLES: dict[type, Callable[[Any, Any], Any]] = {DoRA: _dense_dora, LoRA: _dense_lora, Full: _dense_full, IA3: _dense_ia3}
 
 
 def oracle(tuned: Any) -> Any:

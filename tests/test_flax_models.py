@@ -1,4 +1,4 @@
-"""LoRA on models that are not ours: transformers' Flax models, unmodified, and every model of the zoo: nothing is merged."""
+"""LoRA and DoRA on models that are not ours: transformers' Flax models, unmodified, and every model of the zoo: nothing is merged."""
 
 import functools
 
@@ -50,19 +50,23 @@ def clip_of_old(monkeypatch):
 
 
 def away(tuned):
-    """The tree with B away from zero."""
+    """The tree with what trains away from where it starts."""
     flat = pj.extract(tuned)
     noise = {k: jax.random.normal(jax.random.key(n), v.shape) * 0.3 for n, (k, v) in enumerate(flat.items())}
     return pj.insert(tuned, {k: v + noise[k] for k, v in flat.items()})
 
 
+METHODS = {"lora": pj.lora(rank=2, alpha=4), "dora": pj.dora(rank=2, alpha=4)}
+
+
 @pytest.mark.third_party
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", CASES)
-def test_lora_on_models_of_transformers(name, clip_of_old):
+def test_on_models_of_transformers(name, method, clip_of_old):
     config, options, inputs = CASES[name]
     model = getattr(transformers, f"Flax{name}")(getattr(transformers, config)(**options))
     fn = lambda params, **inputs: model(**inputs, params=params, train=False)[0]
-    apply, fresh = pj.attach(pj.lora(rank=2, alpha=4), fn, model.params, key=jax.random.key(0), **inputs)
+    apply, fresh = pj.attach(METHODS[method], fn, model.params, key=jax.random.key(0), **inputs)
     tuned = away(fresh)
     want = np.asarray(fn(pj.merge(tuned), **inputs))
     scale = np.abs(want).max()
