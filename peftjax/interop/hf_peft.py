@@ -9,11 +9,11 @@ import jax
 from peftjax import method as methods
 from peftjax.flat import near, not_finite
 from peftjax.folders import replacing
+from peftjax.interop import peft_ia3, peft_lora
 from peftjax.interop.base import Base
 from peftjax.interop.config import CONFIG, read_options, read_page, write_page
 from peftjax.interop.formats import Format, adapted_modules, full_parts, saved_page, tables, untouched
 from peftjax.interop.names import Names, spots
-from peftjax.interop.peft_lora import LORA
 from peftjax.interop.pickles import read_pickle
 from peftjax.interop.slots import Slot, fill, read_slots, slots
 from peftjax.interop.tensors import read_tensors, write_tensors
@@ -25,7 +25,7 @@ from peftjax.roles import Roles
 from peftjax.tree import entries, map_layers, strip
 
 TENSORS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
-FORMATS: dict[str, Format] = {"LORA": LORA}
+FORMATS: dict[str, Format] = {"LORA": peft_lora.FORMAT, "IA3": peft_ia3.FORMAT}
 
 
 class Read(NamedTuple):

@@ -166,4 +166,4 @@ def page(tuned: Sequence[Tuned], base: Base) -> dict[str, Any]:
     }
 
 
-LORA = Format(options=OPTIONS, method=method, parts={LoRA: parts}, page=page, beside=beside, plain={LoRA: plain})
+FORMAT = Format(options=OPTIONS, method=method, parts={LoRA: parts}, page=page, beside=beside, plain={LoRA: plain})
