@@ -58,15 +58,17 @@ def _reads(x: IA3, spot: Spot) -> bool:
 
 def page(tuned: Sequence[Tuned], base: Base) -> dict[str, Any]:
     """The configuration of these vectors."""
-    held = [(x, spot) for _, x, spots in tuned if not isinstance(x.vector, Ref) for spot in spots]
+    held = [(x, s) for _, x, spots in tuned if isinstance(x, IA3) and not isinstance(x.vector, Ref) for s in spots]
     modules = [spot.module for _, spot in held]
     reading = [spot.module for x, spot in held if _reads(x, spot)]
-    names = targets_of(reading, modules) if reading else []
-    if any(_is_feedforward(module, names) != (module in reading) for module in modules):
-        names = sorted(reading)
+    names = targets_of(modules, base.modules)
+    # Peft wants the feed-forward names to be among the others.
+    inner = [name for name in names if any(_is_feedforward(module, [name]) for module in reading)]
+    if any(_is_feedforward(module, inner) != (module in reading) for module in modules):
+        names, inner = sorted(modules), sorted(reading)
     return {
-        "target_modules": targets_of(modules, base.modules),
-        "feedforward_modules": names,
+        "target_modules": names,
+        "feedforward_modules": inner,
         "init_ia3_weights": True,
         "peft_type": "IA3",
     }
