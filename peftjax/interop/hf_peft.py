@@ -145,7 +145,9 @@ def save(
     adapted = adapted_modules(tuned, base, format.parts)
     saved, held = saved_page(of([Full]), adapted, base, task_type)
     if lost := [f"{k}={v!r}" for k, v in saved.items() if k not in format.options and v not in (None, "none")]:
-        raise ValueError(f"peft's files of this method cannot say {', '.join(lost)}: leaves that are trained themselves")
+        raise ValueError(
+            f"peft's files of this method cannot say {', '.join(lost)}: leaves that are trained themselves"
+        )
     saved = {key: value for key, value in saved.items() if key in format.options}
     page = {**format.page(of(format.parts), base), **saved, "task_type": task_type, "inference_mode": True}
     tensors = read_slots(tuned, _slots(tuned, format, base))

@@ -1,4 +1,4 @@
-"""LoRA as Hugging Face peft saves it."""
+"""LoRA and DoRA as Hugging Face peft saves them."""
 
 import math
 from collections import Counter
@@ -14,6 +14,7 @@ from peftjax.interop.match import pattern_value, patterns_of, targets_of
 from peftjax.interop.names import Spot
 from peftjax.interop.slots import Part, constant
 from peftjax.method import Method
+from peftjax.methods.dora import DoRA, dora
 from peftjax.methods.lora import LoRA, lora
 from peftjax.paths import flatten
 
@@ -32,6 +33,7 @@ OPTIONS = {
     "rank_pattern": config.table(lambda x: config.is_whole(x) and x > 0, "positive integers"),
     "alpha_pattern": config.table(config.is_number, "numbers"),
     "use_rslora": config.flag(False),
+    "use_dora": config.flag(False),
     "bias": config.one_of("none", "none", "all", "lora_only"),
     # "eva" chooses A from data, and leaves W; "corda", "lora_ga" and "loftq" change W by what no file holds.
     "init_lora_weights": config.one_of(True, True, False, "gaussian", "eva", "orthogonal", "pissa", "olora"),
@@ -78,9 +80,9 @@ def by_path(spots: Sequence[Spot], patterns: Any, default: Any, what: str) -> di
 
 def _lora(options: Options, spots: Sequence[Spot], uses: Any, layers: Any) -> Method:
     init = options["init_lora_weights"]
-    return lora(
-        options["r"],
-        options["lora_alpha"],
+    settings = dict(
+        rank=options["r"],
+        alpha=options["lora_alpha"],
         targets=regex(list(dict.fromkeys(spot.path for spot in spots))),
         rslora=options["use_rslora"],
         dropout=options["lora_dropout"],
@@ -88,8 +90,14 @@ def _lora(options: Options, spots: Sequence[Spot], uses: Any, layers: Any) -> Me
         rank_pattern=by_path(spots, options["rank_pattern"], options["r"], "rank"),
         alpha_pattern=by_path(spots, options["alpha_pattern"], options["lora_alpha"], "alpha"),
         layers=layers,
-        uses=uses,
     )
+    if not options["use_dora"]:
+        return lora(**settings, uses=uses)
+    if uses:
+        raise ValueError(
+            f"use_dora on {spots[0].module}, which is table and head in one; peft's acts on the table alone"
+        )
+    return dora(**settings)
 
 
 def parts(x: Any, spot: Spot) -> Iterator[Part]:
@@ -98,6 +106,8 @@ def parts(x: Any, spot: Spot) -> Iterator[Part]:
     a, b = ("lora_embedding_A", "lora_embedding_B") if op == "embedding" else ("lora_A.weight", "lora_B.weight")
     yield Part("a", spot.of_module(a), ("rank", "c", "x") if op == "conv" else ("rank", "i"))
     yield Part("b", spot.of_module(b), ("o", "rank", *size))
+    if isinstance(x, DoRA):
+        yield Part("m", spot.of_module("lora_magnitude_vector"), (1, "o", *size) if op == "conv" else ("o",))
 
 
 def beside(options: Options, base: Base, params: Any) -> dict[str, Any]:
@@ -117,8 +127,9 @@ def ranks(tuned: Sequence[Tuned]) -> dict[str, tuple[int, float]]:
     found = {}
     for _, x, spots in tuned:
         rank = x.a.shape[x.labels()["a"].index("rank")]
+        ratio = x.ratio if isinstance(x, DoRA) else 1.0
         for spot in spots:
-            found[spot.module] = (rank, float(x.scale[spot.index]) if x.scale.ndim else float(x.scale))
+            found[spot.module] = (rank, ratio * float(x.scale[spot.index] if x.scale.ndim else x.scale))
     return found
 
 
@@ -146,7 +157,7 @@ def _neat(x: float) -> int | float:
     return round(x) if math.isclose(x, round(x), rel_tol=1e-6) else x
 
 
-def plain(x: LoRA) -> LoRA:
+def plain(x: LoRA | DoRA) -> LoRA | DoRA:
     """The same update without the product it started from, which peft's files do not hold: as further ranks."""
     if x.a0 is None:
         return x
@@ -156,8 +167,11 @@ def plain(x: LoRA) -> LoRA:
 
 def page(tuned: Sequence[Tuned], base: Base) -> dict[str, Any]:
     """The configuration of these updates."""
-    found = ranks(tuned)
+    found, kinds = ranks(tuned), {type(x) for _, x, _ in tuned}
+    if len(kinds) > 1:
+        raise ValueError("some overlays are LoRA and others DoRA; peft's files hold one kind")
     return {
+        "use_dora": kinds == {DoRA},
         **rank_page(found),
         "target_modules": targets_of(found, base.modules),
         "lora_dropout": constant((x.dropout for _, x, _ in tuned), "dropout rates"),
@@ -166,4 +180,11 @@ def page(tuned: Sequence[Tuned], base: Base) -> dict[str, Any]:
     }
 
 
-FORMAT = Format(options=OPTIONS, method=method, parts={LoRA: parts}, page=page, beside=beside, plain={LoRA: plain})
+FORMAT = Format(
+    options=OPTIONS,
+    method=method,
+    parts={LoRA: parts, DoRA: parts},
+    page=page,
+    beside=beside,
+    plain={LoRA: plain, DoRA: plain},
+)
