@@ -1,0 +1,101 @@
+"""AdapterHub's bottleneck adapters: their files give the outputs that AdapterHub gave; what does not fit is named."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peftjax as pj
+import pytest
+from peftjax.interop import adapterhub
+from safetensors.numpy import load_file, save_file
+
+pytest.importorskip("transformers")
+from test_adapter import GOLDEN, KINDS, MODELS, loaded
+
+pytestmark = pytest.mark.third_party
+
+
+@pytest.fixture(scope="module")
+def models():
+    """Each model with its roles."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        found = {name: loaded(name) for name in MODELS}
+        return {name: (fn, params, args, pj.roles(fn, params, *args)) for name, (fn, params, args) in found.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", MODELS)
+def test_gives_what_adapterhub_gives(name, kind, models):
+    fn, params, args, roles = models[name]
+    tuned = adapterhub.load(GOLDEN / name / kind, params, roles)
+    want = np.load(GOLDEN / name / kind / "ref.npz")["output"]
+    error = np.abs(np.asarray(jax.jit(pj.wrap(fn))(tuned, *args)) - want).max() / np.abs(want).max()
+    print(f"{name:6} {kind:16} {error:.1e}")
+    assert error <= 1e-5
+
+
+def page(**changes):
+    def damage(folder):
+        found = json.loads((folder / "adapter_config.json").read_text())
+        found["config"].update(changes)
+        (folder / "adapter_config.json").write_text(json.dumps(found))
+
+    return damage
+
+
+def tensors(change):
+    def damage(folder):
+        found = load_file(folder / "adapter.safetensors")
+        change(found, sorted(found)[0])
+        save_file(found, folder / "adapter.safetensors")
+
+    return damage
+
+
+DAMAGES = {
+    "an option that is not supported": (page(ln_before=True), "ln_before is True, expected False"),
+    "a Compacter": (page(phm_layer=True), "phm_layer is True, expected False"),
+    "a placement of its own": (page(mh_adapter=True, is_parallel=True), r"expected one of \[\(True, False, False\)"),
+    "an unknown activation": (page(non_linearity="mish"), "non_linearity is 'mish', expected one of relu"),
+    "a reduction for each layer": (page(reduction_factor={"default": 16}), "expected a positive number for all layers"),
+    "another reduction": (page(reduction_factor=2), r"shape: .*adapter_down.0.bias is \[2\], expected \[16\]"),
+    "a learned scale of a serial adapter": (page(scaling="learned"), "scaling is 'learned', expected a number"),
+    "a layer left out": (page(leave_out=[0]), "unknown: encoder.layer.0"),
+    "a layer of a wrong kind": (page(leave_out=["0"]), "leave_out is"),
+    "no tensors": (lambda folder: (folder / "adapter.safetensors").unlink(), "is missing"),
+    "truncated": (
+        lambda f: (f / "adapter.safetensors").write_bytes((f / "adapter.safetensors").read_bytes()[:-9]),
+        "is damaged",
+    ),
+    "a missing tensor": (tensors(lambda t, first: t.pop(first)), "missing: encoder.layer.0.output.adapters.t"),
+    "a further tensor": (tensors(lambda t, first: t.__setitem__("x", np.ones(2, np.float32))), "unknown: x"),
+    "a NaN": (tensors(lambda t, first: t.__setitem__(first, t[first] * np.float32("nan"))), "not finite: encoder"),
+    "another library's page": (
+        lambda folder: (folder / "adapter_config.json").write_text('{"r": 2}'),
+        "no adapter's of AdapterHub",
+    ),
+    "a pickle": (lambda f: (f / "adapter.safetensors").rename(f / "pytorch_adapter.bin"), "`pickles=True` reads it"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_folder_is_one_clear_error(damage, models, tmp_path):
+    _, params, _, roles = models["bert"]
+    shutil.copytree(GOLDEN / "bert" / "seq_bn", tmp_path / "a")
+    change, message = DAMAGES[damage]
+    change(tmp_path / "a")
+    with pytest.raises(ValueError, match=message) as caught:
+        adapterhub.load(tmp_path / "a", params, roles)
+    assert str(tmp_path / "a") in str(caught.value)
+
+
+def test_layers_left_out_hold_no_adapter(models, tmp_path):
+    _, params, _, roles = models["bert"]
+    shutil.copytree(GOLDEN / "bert" / "seq_bn", tmp_path / "a")
+    page(leave_out=[0])(tmp_path / "a")
+    tensors(lambda t, _: [t.pop(k) for k in list(t) if ".layer.0." in k])(tmp_path / "a")
+    tuned = adapterhub.load(tmp_path / "a", params, roles)
+    assert pj.extract(tuned) and all("/layer/1/" in f"/{key}" for key in pj.extract(tuned))
+    assert all(jnp.issubdtype(x.dtype, jnp.float32) for x in pj.extract(tuned).values())
