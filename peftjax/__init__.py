@@ -18,6 +18,9 @@ from peftjax.methods.adapter import adapter as adapter
 from peftjax.methods.dora import dora as dora
 from peftjax.methods.ia3 import ia3 as ia3
 from peftjax.methods.lora import lora as lora
+from peftjax.methods.p_tuning import p_tuning as p_tuning
+from peftjax.methods.prefix import prefix as prefix
+from peftjax.methods.prompt import prompt as prompt
 from peftjax.methods.unfreeze import bitfit as bitfit
 from peftjax.methods.unfreeze import full as full
 from peftjax.methods.unfreeze import head as head
@@ -35,6 +38,9 @@ from peftjax.switches import disable as disable
 from peftjax.switches import lock as lock
 from peftjax.switches import scale as scale
 from peftjax.switches import with_key as with_key
+from peftjax.tokens import fold as fold
+from peftjax.tokens import settle as settle
+from peftjax.tokens import wrap_tokens as wrap_tokens
 from peftjax.tree import combine as combine
 from peftjax.tree import labels as labels
 from peftjax.tree import mask as mask

@@ -1,16 +1,23 @@
 """One line from a model to a tuned model."""
 
-from typing import Any, Callable
+from typing import Any, Callable, Mapping
 
 import jax
 
 from peftjax.evaluate import wrap
 from peftjax.method import Method
 from peftjax.roles import roles
+from peftjax.tokens import wrap_tokens
 
 
 def attach(
-    method: Method, fn: Callable[..., Any], params: Any, *args: Any, key: jax.Array, **kwargs: Any
+    method: Method,
+    fn: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    key: jax.Array,
+    tokens: Mapping[str, Any] | None = None,
+    **kwargs: Any,
 ) -> tuple[Callable[..., Any], Any]:
     """Finds the roles of a model's parameters, applies a method, and wraps the model.
 
@@ -20,6 +27,7 @@ def attach(
       params: its pretrained parameters; they stay as they are.
       *args, **kwargs: an example batch; abstract arrays (`jax.ShapeDtypeStruct`) serve as well.
       key: a PRNG key for what the method draws.
+      tokens: for methods with virtual tokens, the options of `peftjax.wrap_tokens`; `{}` takes the usual names.
 
     Returns:
       `(apply, tuned)`: `apply(tuned, *args, **kwargs)` is the tuned model.
@@ -35,4 +43,5 @@ def attach(
       >>> apply(tuned, jnp.ones((1, 3))).shape
       (1, 2)
     """
-    return wrap(fn), method.init(key, params, roles(fn, params, *args, **kwargs))
+    run = wrap(fn) if tokens is None else wrap_tokens(fn, **tokens)
+    return run, method.init(key, params, roles(fn, params, *args, **kwargs))

@@ -109,12 +109,14 @@ class Evaluator:
             return None, None
         axis = self.sequence.axis(eqn, others)
         if isinstance(axis, str) and (needy := [o for o in owners if o.virtual or o.sequential]):
-            raise ValueError(f"{needy[0]!r} at {path} acts on tokens, and {axis} (at {self.scope_of(eqn)})")
+            raise ValueError(
+                f"the {_name(needy[0])} at {path} acts on tokens, and {axis} ({self.scope_of(eqn) or 'top level'})"
+            )
         return (None if isinstance(axis, str) else axis), self.sequence.span
 
     def fire(self, path: str, owner: Any, eqn: Any) -> None:
         """Remembers that an overlay of outputs or rows met its equation."""
-        self.events.append(self.event(path, "acted", eqn, type(owner).__name__))
+        self.events.append(self.event(path, "acted", eqn, _name(owner)))
         if getattr(owner, "where", "output") == "residual":
             self.waiting.append(path)
 
@@ -146,3 +148,8 @@ class Evaluator:
             raise ValueError(
                 f"the outputs of {', '.join(self.waiting)} never met a residual add, which their overlays wait for"
             )
+
+
+def _name(owner: Any) -> str:
+    """What an overlay is called: what acts in the place of another goes by its name."""
+    return getattr(owner, "name", type(owner).__name__)

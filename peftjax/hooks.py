@@ -182,6 +182,8 @@ def _fired(
     site = Site(hook.path, features, tuple(batch), eqn.primitive.name, evaluator.scope_of(eqn), own, *tokens)
     for k, carried in enumerate(hook.owners):
         evaluator.fire(hook.path, carried.owner, eqn)
+        if carried.owner.virtual and evaluator.sequence is not None:
+            evaluator.sequence.acted.setdefault(id(eqn), []).append((site.sequence, features, carried.owner.features))
         if carried.owner.where == "residual":
             if k + 1 < len(hook.owners):
                 raise ValueError(

@@ -40,6 +40,9 @@ def read(evaluator: Any, eqn: Any, operands: Sequence[Any], table: Rows, plain: 
         evaluator.events.append(evaluator.event(table.path, "left alone", eqn))
         return plain([table.value if x is table else inner(x) for x in operands])
     evaluator.refuse_inner_gradient(eqn, table.path)
+    if table.owner.virtual and evaluator.sequence is not None:
+        rows = table.layout.shape[_vocabulary(eqn, table)]
+        evaluator.sequence.looked_up.setdefault(id(eqn), []).append((table.path, rows))
     if eqn.primitive.name == "gather":
         found = _gathered(evaluator, eqn, others[0], table, plain)
     elif eqn.primitive.name == "dot_general" and isinstance(others[0], OneHot):

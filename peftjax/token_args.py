@@ -1,0 +1,233 @@
+"""The arguments of a model that have an axis of tokens: finding them by name, and inserting virtual tokens."""
+
+import dataclasses
+import inspect
+from typing import Any, Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
+
+from peftjax import compat
+from peftjax.call import Call, is_array
+from peftjax.overlay import is_overlay
+from peftjax.targets import closest
+from peftjax.token_axes import Span
+
+FILLER = 0  # the id at a prefix's positions: any valid one, for nobody reads what it makes
+IGNORED = -100  # the label of a token that the loss leaves out
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """The options of `wrap_tokens`."""
+
+    ids: str
+    mask: str | None
+    positions: str | None
+    types: str | None
+    labels: str | None
+    pool_mask: str | None
+    side: str
+    shift: bool | None
+    axis: int
+    drop_first_label: bool
+    keep: tuple[str, ...]
+    check: bool
+    implied: frozenset[str]  # the fields whose names are the usual ones, and may be absent
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """The names that are given, by field."""
+        named = {name: getattr(self, name) for name in ("ids", "mask", "positions", "types", "labels", "pool_mask")}
+        return {name: value for name, value in named.items() if value is not None}
+
+
+def argument_paths(fn: Callable[..., Any], call: Call) -> dict[int, str]:
+    """The arguments by their place among the call's leaves: "batch/input_ids", or a parameter's name."""
+    found = jax.tree_util.tree_flatten_with_path(
+        call.filled([call.leaves[k] for k in call.dynamic]), is_leaf=is_overlay
+    )[0]
+    try:
+        known = list(inspect.signature(fn).parameters.values())[1:]
+    except (TypeError, ValueError):
+        known = []
+    positional = [p.name for p in known if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    paths = {}
+    for place, (keys, _) in enumerate(found):
+        if keys[0].idx > 0:
+            names = [_name(key) for key in keys[1:]]
+            if keys[0].idx == 1:
+                k = keys[1].idx
+                names[0] = positional[k] if k < len(positional) else str(k)
+            paths[place] = "/".join(names)
+    return paths
+
+
+def _name(key: Any) -> str:
+    match key:
+        case DictKey(key=name) | FlattenedIndexKey(key=name) | GetAttrKey(name=name) | SequenceKey(idx=name):
+            return str(name)
+    return str(key)
+
+
+def find(names: Names, fn: Callable[..., Any], call: Call) -> dict[str, int]:
+    """The places of the named arguments among the call's leaves, by field."""
+    paths, found = argument_paths(fn, call), {}
+    for field, name in names.fields.items():
+        places = [k for k, path in paths.items() if path == name or path.endswith("/" + name)]
+        if not places and field in names.implied and field not in ("ids", "mask"):
+            continue
+        if len(places) != 1:
+            said = ", ".join(paths[k] for k in places) or "none"
+            near = ", ".join(closest(name, list(paths.values()))) or "none"
+            more = "; `mask=None` if the model takes no mask" if field == "mask" and not places else ""
+            raise ValueError(
+                f"wrap_tokens({field}={name!r}): expected one argument of this name, found {said}; closest: {near}{more}"
+            )
+        if not is_array(call.leaves[places[0]]):
+            raise ValueError(f"wrap_tokens: {name} is {call.leaves[places[0]]!r}; expected an array")
+        found[field] = places[0]
+    return found
+
+
+def sequence_axis(x: Any, ids: Any, axis: int) -> int | None:
+    """The axis of tokens of an argument beside the ids; None where it has none."""
+    size, ndim = ids.shape[axis], len(ids.shape)
+    own = axis % ndim if len(x.shape) == ndim else axis if axis < 0 and len(x.shape) else 0
+    return own % len(x.shape) if x.shape and x.shape[own] == size else None
+
+
+def check_arguments(names: Names, found: dict[str, int], paths: dict[int, str], call: Call) -> None:
+    """Raises where an argument cannot take virtual tokens, or says that sequences are packed."""
+    ids = call.leaves[found["ids"]]
+    if not ids.shape or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(
+            f"wrap_tokens: {names.ids} is {ids.dtype}{list(ids.shape)}; expected integers with an axis of tokens"
+        )
+    for field in set(found) - {"ids", "labels"}:
+        x = call.leaves[found[field]]
+        axis = sequence_axis(x, ids, names.axis)
+        name, n = names.fields[field], ids.shape[names.axis]
+        if axis is None:
+            raise ValueError(
+                f"wrap_tokens: {name} has shape {x.shape}; expected {n} along its axis of tokens, as {names.ids}"
+            )
+        if "mask" in field and any(
+            size == n for k, size in enumerate(x.shape) if k != axis and k + 1 >= len(ids.shape)
+        ):
+            raise ValueError(
+                f"wrap_tokens: {name} has shape {x.shape}, tokens by tokens; expected a mask like {names.ids}"
+            )
+    packed = [p for k, p in paths.items() if "segment" in p and k not in found.values()]
+    if packed:
+        raise ValueError(
+            f"wrap_tokens: {packed[0]} says that sequences are packed, and virtual tokens would stand before the first "
+            "only; expected one sequence a row (or `types=` if these are token types)"
+        )
+
+
+def check_values(names: Names, found: dict[str, int], call: Call) -> None:
+    """Raises where values that are known say what virtual tokens cannot follow: packed positions, an additive mask."""
+    known = {field: np.asarray(call.leaves[k]) for field, k in found.items() if _is_known(call.leaves[k])}
+    mask = known.get("mask")
+    for field in ("mask", "pool_mask"):
+        if field in known and not np.isin(known[field], (0, 1)).all():
+            raise ValueError(
+                f"wrap_tokens: {names.fields[field]} holds {np.unique(known[field])[:4]}; expected 1 where a token is real "
+                "and 0 elsewhere, neither the numbers of packed segments nor what is added to scores"
+            )
+    positions = known.get("positions")
+    if positions is not None and ("mask" in known or "mask" not in found):
+        axis = sequence_axis(positions, call.leaves[found["ids"]], names.axis)
+        at = np.moveaxis(positions, axis, -1)
+        real = np.ones(at.shape, bool) if mask is None else np.moveaxis(mask.astype(bool), names.axis, -1)
+        at, real = np.broadcast_arrays(at, real)
+        rows = zip(at.reshape(-1, at.shape[-1]), real.reshape(-1, real.shape[-1]))
+        if any((np.diff(row[ones]) <= 0).any() for row, ones in rows):
+            raise ValueError(
+                f"wrap_tokens: {names.positions} restarts or stands still within a row, as packed sequences do; expected "
+                "one sequence a row"
+            )
+
+
+def _is_known(x: Any) -> bool:
+    return isinstance(x, (jax.Array, np.ndarray)) and not compat.is_traced(x)
+
+
+def resized(x: Any, axis: int, size: int) -> Any:
+    """A type with another size of one axis."""
+    kind = compat.type_of(x)
+    shape = tuple(size if k == axis else n for k, n in enumerate(kind.shape))
+    return kind.update(shape=shape) if hasattr(kind, "update") else jax.ShapeDtypeStruct(shape, kind.dtype)
+
+
+def axes_of(names: Names, found: dict[str, int], call: Call) -> dict[str, int]:
+    """The axis of tokens of each named argument that has one."""
+    ids = call.leaves[found["ids"]]
+    axes = {field: sequence_axis(call.leaves[k], ids, names.axis) for field, k in found.items()}
+    labels = call.leaves[found["labels"]] if "labels" in found else None
+    if labels is not None and (len(labels.shape) != len(ids.shape) or not jnp.issubdtype(labels.dtype, jnp.integer)):
+        axes["labels"] = None  # one label a sequence
+    return {field: axis for field, axis in axes.items() if axis is not None}
+
+
+def inserted(names: Names, field: str, x: Any, axis: int, span: Span, active: Any, vocabulary: int) -> Any:
+    """An argument with virtual tokens: trained ones where `active`, else such that nobody reads them."""
+    if not span.virtual:
+        return x
+    one = active.astype(x.dtype)
+    match field:
+        case "ids":
+            ids = [vocabulary + k for k in range(span.prompt)] + [FILLER] * span.prefix
+            if max(ids) > jnp.iinfo(x.dtype).max:
+                raise ValueError(
+                    f"wrap_tokens: {names.ids} is {x.dtype}, which cannot name {vocabulary} + {span.prompt} rows; use int32"
+                )
+            return _joined(x, jnp.asarray(ids, x.dtype), axis, span)
+        case "positions":
+            n = jnp.asarray(span.virtual, x.dtype)
+            start = jnp.asarray(0, x.dtype)
+            if _shifts(names, span):
+                return _joined(x + n * one, jnp.arange(span.virtual, dtype=x.dtype), axis, span)
+            if span.prompt:
+                start = jnp.max(x, axis=axis, keepdims=True) + jnp.ones((), x.dtype)
+            shape = [span.virtual if k == axis else 1 for k in range(x.ndim)]
+            return _joined(x, start + jnp.arange(span.virtual, dtype=x.dtype).reshape(shape), axis, span)
+        case "mask":
+            return _padded(x, one, axis, span)
+        case "labels":
+            return _labels(names, x, axis, span)
+        case _:
+            return _padded(x, jnp.zeros((), x.dtype), axis, span)
+
+
+def _shifts(names: Names, span: Span) -> bool:
+    return span.start == 0 if names.shift is None else names.shift
+
+
+def _labels(names: Names, x: Any, axis: int, span: Span) -> Any:
+    ignored = jnp.asarray(IGNORED, x.dtype)
+    if names.drop_first_label and span.start == 0:
+        rest = lax.slice_in_dim(x, 1, x.shape[axis], axis=axis)
+        return _padded(rest, ignored, axis, dataclasses.replace(span, prefix=span.prefix + 1))
+    return _padded(x, ignored, axis, span)
+
+
+def _padded(x: Any, value: Any, axis: int, span: Span) -> Any:
+    low, high = (0, span.virtual) if span.start else (span.virtual, 0)
+    return lax.pad(x, value, [(low, high, 0) if k == axis else (0, 0, 0) for k in range(x.ndim)])
+
+
+def _joined(x: Any, rows: Any, axis: int, span: Span) -> Any:
+    shape = [span.virtual if k == axis else n for k, n in enumerate(x.shape)]
+    rows = rows if rows.ndim == x.ndim else rows.reshape([span.virtual if k == axis else 1 for k in range(x.ndim)])
+    rows = compat.like(jnp.broadcast_to(rows, shape), jax.typeof(x))
+    return jnp.concatenate([x, rows] if span.start else [rows, x], axis=axis)
+
+
+def places(call: Call) -> dict[int, int]:
+    """Where each dynamic leaf of a call stands among those."""
+    return {leaf: k for k, leaf in enumerate(call.dynamic)}

@@ -1,0 +1,82 @@
+"""Virtual tokens in a table of embeddings: the overlay of further rows, and which table is the one of words."""
+
+from typing import Any, Callable
+
+import jax
+
+from peftjax.method import Leaf, Method, per_leaf
+from peftjax.overlay import Table, frozen, layers, overlay, static, trained
+from peftjax.roles import Roles
+from peftjax.targets import Targets, choose
+
+
+@overlay
+class Prompt(Table):
+    """`scale P` below the table's rows: ids V, V + 1, ... of a vocabulary of V read it."""
+
+    base: Any = frozen()
+    prompt: Any = trained()
+    scale: Any = frozen()
+    length: int = static()
+    locked: tuple[str, ...] = static(default=())
+
+    @property
+    def virtual(self) -> int:  # type: ignore[override]
+        """A virtual token a row."""
+        return self.length
+
+    def labels(self) -> dict[str, tuple[Any, ...]]:
+        """A row has the features of the table's rows."""
+        return {"prompt": ("rows", (1,)), "scale": ()}
+
+    def rows(self) -> Any:
+        """The rows, (n, D)."""
+        return self.scale * self.prompt
+
+    def summary(self) -> str:
+        """Its length."""
+        return f"length={self.length}"
+
+
+def at_table(name: str, make: Callable[[Leaf], Any], targets: Targets | None) -> Method:
+    """A method that puts `make(leaf)` on the table of words: on the one that `targets` names, or the only one.
+
+    Args:
+      name: the method's name, for its errors.
+      make: the overlay of the table.
+      targets: the table; None is the one leaf that the model looks up rows in, by its roles.
+    """
+
+    def start(key: jax.Array, params: Any, roles: Roles | None) -> Any:
+        path = _table(name, params, roles, targets)
+
+        def checked(leaf: Leaf) -> Any:
+            if leaf.axes != "io" or any(isinstance(x, Table) for x in layers(leaf.value)):
+                raise ValueError(
+                    f"{name}: {path} is {leaf.value!r} with axes {leaf.axes!r}; expected a table (vocabulary, D), 'io', "
+                    "that has no further rows yet"
+                )
+            return make(leaf)
+
+        return per_leaf(checked, lambda p, _: p == path).init(key, params, roles)
+
+    return Method(name="", options={}, start=start, identity_at_init=False)
+
+
+def _table(name: str, params: Any, roles: Roles | None, targets: Targets | None) -> str:
+    if targets is not None:
+        found = choose(targets, params, roles, kernels=True)
+    elif roles is None:
+        raise ValueError(f"{name}: which leaf is the table of words? Expected `roles=`, or `targets=`")
+    else:
+        found = [path for path, role in roles.items() if role.op == "embedding" and "gather" in role.uses]
+    if len(found) != 1:
+        said = ", ".join(found) if found else "no leaf"
+        raise ValueError(f"{name}: rows are looked up in {said}; name the table of words: `targets=(...,)`")
+    return found[0]
+
+
+def check_length(name: str, length: int) -> None:
+    """Raises unless a number of virtual tokens is one or more."""
+    if length < 1:
+        raise ValueError(f"{name}: expected at least one virtual token, found length={length}")
