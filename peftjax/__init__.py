@@ -17,6 +17,7 @@ from peftjax.method import chain as chain
 from peftjax.methods.adapter import adapter as adapter
 from peftjax.methods.dora import dora as dora
 from peftjax.methods.ia3 import ia3 as ia3
+from peftjax.methods.loha import loha as loha
 from peftjax.methods.lora import lora as lora
 from peftjax.methods.p_tuning import p_tuning as p_tuning
 from peftjax.methods.prefix import prefix as prefix

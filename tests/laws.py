@@ -32,6 +32,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from peftjax.methods.ia3 import IA3
 from peftjax.methods.dora import DoRA
+from peftjax.methods.loha import LoHa
 from peftjax.methods.lora import LoRA
 from peftjax.methods.unfreeze import Full
 from peftjax.overlay import is_overlay
@@ -113,6 +114,7 @@ METHODS: dict[str, Row] = {
     "full": Row(lambda m: pj.full(), refuses=_integers),
     "ia3": Row(lambda m: pj.ia3(m.targets)),
     "ia3_feedforward": Row(lambda m: pj.ia3((), m.targets), refuses=_groups),
+    "loha": Row(lambda m: pj.loha(rank=2, alpha=6, targets=m.targets)),
 }
 
 
@@ -148,13 +150,21 @@ def _dense_full(x: Full, base: Any) -> Any:
     return scale * x.value + (1 - scale) * base
 
 
+def _dense_loha(x: LoHa, base: Any) -> Any:
+    w = string.ascii_lowercase[: len(x.axes)]
+    a, b = (_ranked(w, x.axes, letter) for letter in "io")
+    stacked = "".join(k for k, letter in zip(w, x.axes) if letter in "sb")
+    first, second = (jnp.einsum(f"{a},{b}->{w}", *pair) for pair in ((x.w1a, x.w1b), (x.w2a, x.w2b)))
+    return base + jnp.einsum(f"{stacked},{w}->{w}", x.scale, first * second)
+
+
 def _dense_ia3(x: IA3, base: Any) -> Any:
     vector = x.scale * x.vector + (1 - x.scale)
     order = [j for along in x.lies for j in along]
     return base * jnp.transpose(vector, order).reshape([n if along else 1 for n, along in zip(base.shape, x.lies)])
 
 
-ORACLES: dict[type, Callable[[Any, Any], Any]] = {DoRA: _dense_dora, LoRA: _dense_lora, Full: _dense_full, IA3: _dense_ia3}
+ORACLES: dict[type, Callable[[Any, Any], Any]] = {DoRA: _dense_dora, LoRA: _dense_lora, Full: _dense_full, IA3: _dense_ia3, LoHa: _dense_loha}
 
 
 def oracle(tuned: Any) -> Any:
