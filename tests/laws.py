@@ -93,6 +93,32 @@ def _groups(model: Model) -> str | None:
     return "kernel is a convolution of 2 groups" if model.name == "linen_conv_grouped" else None
 
 
+# Where the outputs of the chosen layers are not to be had: an overlay of outputs raises when the model runs.
+NO_OUTPUT: Mapping[str, str] = {
+    "linen_lstm_fused": "two overlays of outputs meet",
+    "linen_vmap_conv": "expected the addition of this bias to the output of kernel",
+    "weight_norm": "expected the contraction of this kernel",
+    "carried_by_while": "reached while before it could act",
+    "inside_custom_vjp": "used by custom_vjp_call",
+    "inside_shard_map": "two overlays of outputs meet",
+    "inside_shard_map_split": "two overlays of outputs meet",
+    "fused_qkv_slices": "is cut before the layer acts",
+    "forces": "inside a derivative that the function takes itself",
+    "ragged_experts": "a ragged product mixes experts",
+}
+BLOCKS = frozenset(
+    "linen_scan linen_scan_axis_1 linen_remat linen_scan_remat linen_scan_conv nnx_scan used_in_two_scans "
+    "pre_norm_encoder post_norm_encoder decoder".split()
+)
+# No array stands for what an adapter does: `test_adapter.py` has its equations by hand, alone and with LoRA.
+NO_ARRAY = frozenset({3, 8})
+
+
+def _adapter(kind: str) -> Row:
+    refuses = lambda m: None if m.name in BLOCKS else "no kernel that ends a sublayer of feed-forward"
+    return Row(lambda m: pj.adapter(kind, bottleneck=2), refuses, NO_ARRAY)
+
+
 METHODS: dict[str, Row] = {
     "lora": _lora(),
     "rslora": _lora(rslora=True),
@@ -112,6 +138,12 @@ METHODS: dict[str, Row] = {
         lambda m: pj.chain(pj.lora(rank=2, alpha=6, targets=m.targets), pj.unfreeze(".*bias")), refuses=_no_bias
     ),
     "full": Row(lambda m: pj.full(), refuses=_integers),
+    "adapter_houlsby": Row(
+        lambda m: pj.adapter("houlsby", bottleneck=2, targets=m.targets), lambda m: NO_OUTPUT.get(m.name), NO_ARRAY
+    ),
+    "adapter_pfeiffer": _adapter("pfeiffer"),
+    "adapter_parallel": _adapter("parallel"),
+    "adapter_scaled_parallel": _adapter("scaled_parallel"),
     "ia3": Row(lambda m: pj.ia3(m.targets)),
     "ia3_feedforward": Row(lambda m: pj.ia3((), m.targets), refuses=_groups),
     "loha": Row(lambda m: pj.loha(rank=2, alpha=6, targets=m.targets)),
@@ -546,6 +578,8 @@ def law_11(method: str, model: str) -> None:
         it.fn(it.tuned, *it.args)
     assert splits or any("wrap" in str(e) for e in _causes(raised.value)), raised.value
     first = next(iter(pj.extract(it.tuned)))
+    if any(is_overlay(x) and not getattr(x, "merges", True) for _, x in flatten(it.tuned)):
+        return  # law 2: it does not merge at all
     with pytest.raises(ValueError, match=f"NaN.*{first}"):
         pj.merge(_with_nan(it.tuned))
 
@@ -578,7 +612,9 @@ BEYOND_JAX: dict[int, frozenset[str]] = {
 def applies(law: int, method: str, model: str) -> bool:
     """Whether a law says anything of a method on a model."""
     said = not OUT_OF_SCOPE.get(law, frozenset()) & MODELS[model].tags and model not in BEYOND_JAX.get(law, ())
-    return said and law not in METHODS[method].without
+    # XLA's CPU compiler stops the process on the split products of experts' adapters, seen on linen_vmap_dense.
+    stops = law == 10 and method == "adapter_houlsby" and any("b" in axes for axes in MODELS[model].axes.values())
+    return said and not stops and law not in METHODS[method].without
 
 
 def refusal(method: str, model: str) -> str | None:
@@ -587,12 +623,17 @@ def refusal(method: str, model: str) -> str | None:
 
 
 def cover() -> list[tuple[str, str]]:
-    """Pairs of a method and a model that hold every model once, and every method about as often as any other."""
+    """Pairs of a method and a model that hold every model, and every method about as often as any other.
+
+    Where a law says nothing of the method, the model has a second one, of which every law says something.
+    """
     pairs, uses = [], dict.fromkeys(METHODS, 0)
     for model in MODELS:
-        method = min((m for m in METHODS if refusal(m, model) is None), key=uses.__getitem__)
-        uses[method] += 1
-        pairs.append((method, model))
+        able = sorted((m for m in METHODS if refusal(m, model) is None), key=uses.__getitem__)
+        whole = next(m for m in able if not METHODS[m].without)
+        for method in dict.fromkeys((able[0], whole) if METHODS[able[0]].without else able[:1]):
+            uses[method] += 1
+            pairs.append((method, model))
     return pairs
 
 

@@ -58,7 +58,8 @@ def test_a_method_says_which_models_it_cannot_tune(method):
         fn, args = arrays_only(MODELS[model].make())
         params = MODELS[model].make().params
         with pytest.raises(ValueError, match=re.compile(refusal(method, model))):
-            METHODS[method].make(MODELS[model]).init(KEY, params, pj.roles(fn, params, *args))
+            tuned = METHODS[method].make(MODELS[model]).init(KEY, params, pj.roles(fn, params, *args))
+            jax.eval_shape(pj.wrap(fn), tuned, *args)
 
 
 # Law 11, for what is wrong with any method: every error names the path, what was found, and what was expected
