@@ -15,7 +15,7 @@ from peftjax.targets import Targets
 
 @overlay
 class LoHa(Overlay):
-    """`W + scale (w1a w1b) o (w2a w2b)`: `w1a`, `w2a` are W with the rank for its inputs, `w1b`, `w2b` for its outputs."""
+    """`W + scale (w1a w1b) o (w2a w2b)`: `w1a`, `w2a` have the rank for W's inputs, `w1b`, `w2b` for its outputs."""
 
     base: Any = frozen()
     w1a: Any = trained()
