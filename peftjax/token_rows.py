@@ -32,8 +32,8 @@ ONCE = (
 EXACT = 1 << 16  # the largest constant whose entries are followed
 
 
-def given(field: str | None, kind: Any, axis: int | None, span: Span, vocabulary: int) -> Marked:
-    """What is known of an argument of the model."""
+def given(field: str | None, kind: Any, axis: int | None, span: Span, vocabulary: int, dropped: bool = False) -> Marked:
+    """What is known of an argument of the model; `dropped`: the first real label is left out too."""
     if axis is None:
         return clean(kind.shape)
     prompt, prefix = (np.zeros(span.length, bool) for _ in range(2))
@@ -49,6 +49,7 @@ def given(field: str | None, kind: Any, axis: int | None, span: Span, vocabulary
             return dataclasses.replace(clean(kind.shape), low=0, high=span.length - 1)
         case "labels":
             known[prompt | prefix] = -100
+            known[span.virtual : span.virtual + (dropped and span.start == 0)] = -100
         case "mask":
             known[prompt | prefix] = 1
         case _:

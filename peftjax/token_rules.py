@@ -293,15 +293,21 @@ def gather(walk: Any, eqn: Any, operands: list[Marked], shapes: Any, jaxpr: Any)
     rows = np.bitwise_or.reduce(ids.marks, axis=-1)
     batch = [k for k in range(len(shape)) if k not in d.offset_dims]
     marks = rows.reshape([rows.shape[batch.index(k)] if k in batch else 1 for k in range(len(shape))])
-    taken = [
-        k
-        for k in range(len(x.shape))
-        if eqn.params["slice_sizes"][k] != x.shape[k] and k not in d.operand_batching_dims
-    ]
-    worst = np.bitwise_or.reduce(x.marks, axis=None)
-    if worst and any(x.marks.shape[k] > 1 for k in taken) and not walk.rehearsing:
-        walk.note(eqn, "takes a row at an index that the trace does not tell")
-    return [dataclasses.replace(clean(shape), marks=small(marks | worst))]
+    made, indexed = x.marks, [k for k in d.start_index_map if eqn.params["slice_sizes"][k] != x.shape[k]]
+    for k in indexed:
+        reduced = np.bitwise_or.reduce(made, axis=k, keepdims=True)
+        if (reduced & ~np.bitwise_and.reduce(made, axis=k, keepdims=True)).any() and not walk.rehearsing:
+            walk.note(eqn, "takes a row at an index that the trace does not tell")
+        made = reduced
+    gone = (*d.collapsed_slice_dims, *d.operand_batching_dims)
+    kept = iter(k for k in range(len(x.shape)) if k not in gone)
+    pairs = {batch[j]: k for k, j in zip(d.operand_batching_dims, d.start_indices_batching_dims)}
+    source = [next(kept) if k in d.offset_dims else pairs.get(k) for k in range(len(shape))]
+    order = [k for k in source if k is not None]
+    made = np.transpose(made, (*order, *(k for k in range(made.ndim) if k not in order)))
+    sizes = iter(made.shape)
+    made = made.reshape([1 if k is None else next(sizes) for k in source])
+    return [dataclasses.replace(clean(shape), marks=small(marks | made))]
 
 
 def _long_enough(eqn: Any, size: int, high: float) -> None:

@@ -135,8 +135,10 @@ def _evaluate(fn: Any, names: Names, call: Call, given: Seq[Any]) -> tuple[Any, 
     out, evaluator = evaluated(closed, shape, call, longer, sequence)
     if names.check and span.virtual:
         fields = {k: f for f, k in place.items()}
-        kinds = zip(range(len(given)), closed.in_avals)
-        known = [rows_of(fields.get(k), kind, axes.get(fields.get(k, "")), span, vocabulary) for k, kind in kinds]
+        kinds, dropped = zip(range(len(given)), closed.in_avals), names.drop_first_label
+        known = [
+            rows_of(fields.get(k), kind, axes.get(fields.get(k, "")), span, vocabulary, dropped) for k, kind in kinds
+        ]
         check_rows(closed, sequence, known, shape, other_shape, functools.partial(_is_kept, names))
     return _cut(names, out, shape, other_shape, sequence), evaluator
 
