@@ -28,6 +28,7 @@ from peftjax.methods.unfreeze import head as head
 from peftjax.methods.unfreeze import last_layers as last_layers
 from peftjax.methods.unfreeze import layer_norm as layer_norm
 from peftjax.methods.unfreeze import unfreeze as unfreeze
+from peftjax.methods.vera import vera as vera
 from peftjax.overlay import Overlay as Overlay
 from peftjax.overlay import Ref as Ref
 from peftjax.roles import Role as Role

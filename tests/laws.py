@@ -35,6 +35,7 @@ from peftjax.methods.dora import DoRA
 from peftjax.methods.loha import LoHa
 from peftjax.methods.lora import LoRA
 from peftjax.methods.unfreeze import Full
+from peftjax.methods.vera import VeRA
 from peftjax.overlay import is_overlay
 from peftjax.paths import flatten
 from peftjax.targets import choose
@@ -144,6 +145,7 @@ METHODS: dict[str, Row] = {
     "adapter_pfeiffer": _adapter("pfeiffer"),
     "adapter_parallel": _adapter("parallel"),
     "adapter_scaled_parallel": _adapter("scaled_parallel"),
+    "vera": Row(lambda m: pj.vera(rank=5, targets=m.targets)),
     "ia3": Row(lambda m: pj.ia3(m.targets)),
     "ia3_feedforward": Row(lambda m: pj.ia3((), m.targets), refuses=_groups),
     "loha": Row(lambda m: pj.loha(rank=2, alpha=6, targets=m.targets)),
@@ -190,13 +192,30 @@ def _dense_loha(x: LoHa, base: Any) -> Any:
     return base + jnp.einsum(f"{stacked},{w}->{w}", x.scale, first * second)
 
 
+def _dense_vera(x: VeRA, base: Any) -> Any:
+    w = string.ascii_lowercase[: len(x.axes)]
+    i, o, stacked = ("".join(k for k, letter in zip(w, x.axes) if letter in letters) for letters in ("i", "o", "sb"))
+    written = "".join(k for k, letter in zip(w, x.axes) if letter in "sbo")
+    sizes = lambda letters: [base.shape[w.index(k)] for k in letters]
+    a = x.shared_a[: np.prod(sizes(i), dtype=int)].reshape(*sizes(i), -1)
+    b = x.shared_b[:, : np.prod(sizes(o), dtype=int)].reshape(-1, *sizes(o))
+    return base + jnp.einsum(f"{i}R,{stacked}R,R{o},{written},{stacked}->{w}", a, x.d, b, x.b, x.scale)
+
+
 def _dense_ia3(x: IA3, base: Any) -> Any:
     vector = x.scale * x.vector + (1 - x.scale)
     order = [j for along in x.lies for j in along]
     return base * jnp.transpose(vector, order).reshape([n if along else 1 for n, along in zip(base.shape, x.lies)])
 
 
-ORACLES: dict[type, Callable[[Any, Any], Any]] = {DoRA: _dense_dora, LoRA: _dense_lora, Full: _dense_full, IA3: _dense_ia3, LoHa: _dense_loha}
+ORACLES: dict[type, Callable[[Any, Any], Any]] = {
+    DoRA: _dense_dora,
+    Full: _dense_full,
+    IA3: _dense_ia3,
+    LoHa: _dense_loha,
+    LoRA: _dense_lora,
+    VeRA: _dense_vera,
+}
 
 
 def oracle(tuned: Any) -> Any:

@@ -1,0 +1,122 @@
+"""VeRA: one pair of random matrices for all layers, and two trained vectors for each."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from peftjax.factored import Factor, Term
+from peftjax.method import Leaf, Method, chosen_leaves, laid, method
+from peftjax.overlay import Overlay, Ref, frozen, layers, overlay, static, trained
+from peftjax.roles import Roles
+from peftjax.targets import Targets
+
+
+@overlay
+class VeRA(Overlay):
+    """`W + scale A diag(d) B diag(b)`: A and B, cut to W's inputs and outputs, are those of every VeRA in the tree.
+
+    The first overlay in the tree's order holds them; the others refer to it.
+    """
+
+    base: Any = frozen()
+    d: Any = trained()
+    b: Any = trained()
+    shared_a: Any = frozen()  # (largest inputs, rank)
+    shared_b: Any = frozen()  # (rank, largest outputs)
+    scale: Any = frozen()
+    axes: str = static()
+    locked: tuple[str, ...] = static(default=())
+
+    def _having(self, letters: str) -> tuple[Any, ...]:
+        return tuple((k,) for k, letter in enumerate(self.axes) if letter in letters)
+
+    def labels(self) -> dict[str, tuple[Any, ...]]:
+        """The vectors and the scale keep the stacked axes, `b` those that W writes; A and B have their own."""
+        stacked = self._having("sb")
+        vectors = {"d": (*stacked, "rank"), "b": self._having("sbo"), "scale": stacked}
+        return {**vectors, "shared_a": ("inputs", "rank"), "shared_b": ("rank", "outputs")}
+
+    def expand(self, terms: tuple[Term, ...]) -> tuple[Term, ...]:
+        """The base's terms, and the product of random matrices and vectors."""
+        labels, reads, writes = self.labels(), self._having("i"), self._having("o")
+        n_in, n_out = ([self.type.shape[k] for (k,) in atoms] for atoms in (reads, writes))
+        a = self.shared_a[: math.prod(n_in)].reshape(*n_in, -1)
+        b = self.shared_b[:, : math.prod(n_out)].reshape(-1, *n_out)
+        own = (Factor(getattr(self, name), labels[name]) for name in ("d", "b", "scale"))
+        return (*terms, Term(factors=(Factor(a, (*reads, "rank")), Factor(b, ("rank", *writes)), *own)))
+
+    def summary(self) -> str:
+        """Its rank."""
+        return f"rank={self.d.shape[-1]}" if hasattr(self.d, "shape") else ""
+
+
+@method
+def vera(rank: int = 256, *, targets: Targets = "all-linear", exclude: Targets = (), d_init: float = 0.1) -> Method:
+    """Trains two vectors beside each chosen weight: `y = x W + ((x A) * d) B * b`, A and B random, frozen and shared.
+
+    Args:
+      rank: the inner size r, which may exceed the weights' own: a vector d of it trains for each layer. 256 is the
+        paper's for models of BERT's size.
+      targets: the weights to tune; by default every linear kernel but embeddings and the output head.
+      exclude: weights to leave out; wins over `targets`.
+      d_init: where d starts; b starts at zero. 0.1 as in the paper, where 1e-7 trains about as well.
+
+    Returns:
+      The method. A (largest inputs, r) and B (r, largest outputs) are drawn once, float32, uniform in
+      +-sqrt(6 / largest inputs) and +-sqrt(6 / r); each weight uses the first rows of A and columns of B, every layer
+      of a stack the same ones. Axes of inputs or outputs are taken in their order as one. `peftjax.save` keeps A
+      and B. Without roles it takes kernels of two axes only, (in, out).
+
+    Raises:
+      ValueError: a rank below 1, a leaf that is no kernel or holds a VeRA already, a pattern that matches nothing.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, peftjax as pj
+      >>> params = {"down": jnp.ones((6, 3)), "up": jnp.ones((3, 6))}
+      >>> tuned = pj.vera(rank=4).init(jax.random.key(0), params)
+      >>> tuned["down"].shared_a.shape, tuned["up"].shared_a, tuned["up"].b.shape
+      ((6, 4), Ref(path='down', field='shared_a'), (6,))
+
+    Reference: Kopiczko et al. 2023, arXiv 2310.11454.
+    """
+    if rank < 1:
+        raise ValueError(f"vera: expected a rank of at least 1, found {rank}")
+
+    def start(key: jax.Array, params: Any, roles: Roles | None) -> Any:
+        chosen = chosen_leaves(key, params, roles, targets, exclude, kernels=True)
+        n_in, n_out = (max(_size(leaf, letter) for leaf in chosen) for letter in "io")
+        first = chosen[0]
+        reads, writes = jax.random.split(first.key)
+        drawn = lambda key, shape, fan: jax.random.uniform(key, shape, jnp.float32, -1, 1) * math.sqrt(6 / fan)
+        shared = (drawn(reads, (n_in, rank), n_in), drawn(writes, (rank, n_out), rank))
+        there = (Ref(first.path, "shared_a"), Ref(first.path, "shared_b"))
+        give = lambda leaf: shared if leaf is first else there
+        return laid(params, {leaf.path: _on(leaf, rank, d_init, *give(leaf)) for leaf in chosen})
+
+    return Method(name="", options={}, start=start)
+
+
+def _size(leaf: Leaf, letter: str) -> int:
+    if not {"i", "o"} <= set(leaf.axes) or "?" in leaf.axes:
+        raise ValueError(
+            f"vera: {leaf.path} has axes {leaf.axes!r}; expected a kernel with input and output axes. Leave it out "
+            "with `exclude`"
+        )
+    if any(isinstance(x, VeRA) for x in layers(leaf.value)):
+        raise ValueError(f"vera: {leaf.path} already holds {leaf.value!r}, whose matrices others may refer to")
+    return math.prod(leaf.sizes(letter))
+
+
+def _on(leaf: Leaf, rank: int, d_init: float, shared_a: Any, shared_b: Any) -> VeRA:
+    stacked = leaf.sizes("sb")
+    return VeRA(
+        base=leaf.value,
+        d=jnp.full((*stacked, rank), d_init, jnp.float32),
+        b=jnp.zeros(leaf.sizes("sbo"), jnp.float32),
+        shared_a=shared_a,
+        shared_b=shared_b,
+        scale=jnp.ones(stacked, jnp.float32),
+        axes=leaf.axes,
+    )
