@@ -59,24 +59,40 @@ def away(tuned):
 METHODS = {"lora": pj.lora(rank=2, alpha=4), "dora": pj.dora(rank=2, alpha=4)}
 
 
+@functools.lru_cache
+def built(name):
+    """A model of transformers, with random parameters, as a function of them and of its inputs."""
+    config, options, inputs = CASES[name]
+    model = getattr(transformers, f"Flax{name}")(getattr(transformers, config)(**options))
+    return lambda params, **inputs: model(**inputs, params=params, train=False)[0], model.params, inputs
+
+
 @pytest.mark.third_party
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", CASES)
 def test_on_models_of_transformers(name, method, clip_of_old):
-    config, options, inputs = CASES[name]
-    model = getattr(transformers, f"Flax{name}")(getattr(transformers, config)(**options))
-    fn = lambda params, **inputs: model(**inputs, params=params, train=False)[0]
-    apply, fresh = pj.attach(METHODS[method], fn, model.params, key=jax.random.key(0), **inputs)
-    tuned = away(fresh)
-    want = np.asarray(fn(pj.merge(tuned), **inputs))
+    fn, params, inputs = built(name)
+    apply, fresh = pj.attach(METHODS[method], fn, params, key=jax.random.key(0), **inputs)
+    trainable, frozen = pj.partition(away(fresh))
+
+    @jax.jit
+    def step(trainable, frozen):
+        def loss(trainable):
+            y = apply(pj.combine(trainable, frozen), **inputs)
+            return (y**2).sum(), y
+
+        return jax.grad(loss, has_aux=True)(trainable)
+
+    tuned = pj.combine(trainable, frozen)
+    run = jax.jit(lambda params: fn(params, **inputs))
+    base, want = run(params), run(pj.merge(tuned))
     scale = np.abs(want).max()
-    np.testing.assert_allclose(apply(fresh, **inputs), fn(model.params, **inputs), atol=1e-5 * scale)
-    np.testing.assert_allclose(apply(tuned, **inputs), want, atol=1e-5 * scale)
-    assert np.abs(want - fn(model.params, **inputs)).max() > 1e-3 * scale
+    np.testing.assert_allclose(step(*pj.partition(fresh))[1], base, atol=1e-5 * scale)
+    grads, found = step(trainable, frozen)
+    np.testing.assert_allclose(found, want, atol=1e-5 * scale)
+    assert np.abs(want - base).max() > 1e-3 * scale
     events = pj.explain(fn, tuned, **inputs)
     assert not events.merged and all(e.how == "acted" for e in events), events
-    trainable, frozen = pj.partition(tuned)
-    grads = jax.grad(lambda t: (apply(pj.combine(t, frozen), **inputs) ** 2).sum())(trainable)
     assert all(bool(jnp.isfinite(g).all()) and bool(g.any()) for g in jax.tree.leaves(grads))
 
 
