@@ -111,7 +111,7 @@ BLOCKS = frozenset(
     "linen_scan linen_scan_axis_1 linen_remat linen_scan_remat linen_scan_conv nnx_scan used_in_two_scans "
     "pre_norm_encoder post_norm_encoder decoder".split()
 )
-# No array stands for what an adapter does: `test_adapter.py` has its equations by hand, alone and with LoRA.
+# No array stands for what an adapter does: `test_adapter.py` has its equations by hand.
 NO_ARRAY = frozenset({3, 8})
 
 
