@@ -40,8 +40,8 @@ from peftjax.switches import disable as disable
 from peftjax.switches import lock as lock
 from peftjax.switches import scale as scale
 from peftjax.switches import with_key as with_key
-from peftjax.tokens import fold as fold
-from peftjax.tokens import settle as settle
+from peftjax.settling import fold as fold
+from peftjax.settling import settle as settle
 from peftjax.tokens import wrap_tokens as wrap_tokens
 from peftjax.tree import combine as combine
 from peftjax.tree import labels as labels
