@@ -136,6 +136,7 @@ class DeepPrefix(Output):
 
 
 def atoms(axes: str, letters: str) -> tuple[Any, ...]:
+    """The axes of a leaf with these letters."""
     return tuple((k,) for k, letter in enumerate(axes) if letter in letters)
 
 

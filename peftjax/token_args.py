@@ -2,22 +2,17 @@
 
 import dataclasses
 import inspect
-from typing import Any, Callable, Sequence
+from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from peftjax import compat
 from peftjax.call import Call, is_array
 from peftjax.overlay import is_overlay
 from peftjax.targets import closest
-from peftjax.token_axes import Span
-
-FILLER = 0  # the id at a prefix's positions: any valid one, for nobody reads what it makes
-IGNORED = -100  # the label of a token that the loss leaves out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +80,8 @@ def find(names: Names, fn: Callable[..., Any], call: Call) -> dict[str, int]:
             near = ", ".join(closest(name, list(paths.values()))) or "none"
             more = "; `mask=None` if the model takes no mask" if field == "mask" and not places else ""
             raise ValueError(
-                f"wrap_tokens({field}={name!r}): expected one argument of this name, found {said}; closest: {near}{more}"
+                f"wrap_tokens({field}={name!r}): expected one argument of this name, found {said}; "
+                f"closest: {near}{more}"
             )
         if not is_array(call.leaves[places[0]]):
             raise ValueError(f"wrap_tokens: {name} is {call.leaves[places[0]]!r}; expected an array")
@@ -136,19 +132,20 @@ def check_values(names: Names, found: dict[str, int], call: Call) -> None:
     for field in ("mask", "pool_mask"):
         if field in known and not np.isin(known[field], (0, 1)).all():
             raise ValueError(
-                f"wrap_tokens: {names.fields[field]} holds {np.unique(known[field])[:4]}; expected 1 where a token is real "
-                "and 0 elsewhere, neither the numbers of packed segments nor what is added to scores"
+                f"wrap_tokens: {names.fields[field]} holds {np.unique(known[field])[:4]}; expected 1 where a token is "
+                "real and 0 elsewhere, neither the numbers of packed segments nor what is added to scores"
             )
     positions = known.get("positions")
     if positions is not None and ("mask" in known or "mask" not in found):
         axis = sequence_axis(positions, call.leaves[found["ids"]], names.axis)
-        at = np.moveaxis(positions, axis, -1)
+        at = np.moveaxis(positions, -1 if axis is None else axis, -1)
         real = np.ones(at.shape, bool) if mask is None else np.moveaxis(mask.astype(bool), names.axis, -1)
         at, real = np.broadcast_arrays(at, real)
         rows = zip(at.reshape(-1, at.shape[-1]), real.reshape(-1, real.shape[-1]))
         if any((np.diff(row[ones]) <= 0).any() for row, ones in rows):
             raise ValueError(
-                f"wrap_tokens: {names.positions} restarts or stands still within a row, as packed sequences do; expected "
+                f"wrap_tokens: {names.positions} restarts or stands still within a row, as packed sequences do; "
+                "expected "
                 "one sequence a row"
             )
 
@@ -172,62 +169,3 @@ def axes_of(names: Names, found: dict[str, int], call: Call) -> dict[str, int]:
     if labels is not None and (len(labels.shape) != len(ids.shape) or not jnp.issubdtype(labels.dtype, jnp.integer)):
         axes["labels"] = None  # one label a sequence
     return {field: axis for field, axis in axes.items() if axis is not None}
-
-
-def inserted(names: Names, field: str, x: Any, axis: int, span: Span, active: Any, vocabulary: int) -> Any:
-    """An argument with virtual tokens: trained ones where `active`, else such that nobody reads them."""
-    if not span.virtual:
-        return x
-    one = active.astype(x.dtype)
-    match field:
-        case "ids":
-            ids = [vocabulary + k for k in range(span.prompt)] + [FILLER] * span.prefix
-            if max(ids) > jnp.iinfo(x.dtype).max:
-                raise ValueError(
-                    f"wrap_tokens: {names.ids} is {x.dtype}, which cannot name {vocabulary} + {span.prompt} rows; use int32"
-                )
-            return _joined(x, jnp.asarray(ids, x.dtype), axis, span)
-        case "positions":
-            n = jnp.asarray(span.virtual, x.dtype)
-            start = jnp.asarray(0, x.dtype)
-            if _shifts(names, span):
-                return _joined(x + n * one, jnp.arange(span.virtual, dtype=x.dtype), axis, span)
-            if span.prompt:
-                start = jnp.max(x, axis=axis, keepdims=True) + jnp.ones((), x.dtype)
-            shape = [span.virtual if k == axis else 1 for k in range(x.ndim)]
-            return _joined(x, start + jnp.arange(span.virtual, dtype=x.dtype).reshape(shape), axis, span)
-        case "mask":
-            return _padded(x, one, axis, span)
-        case "labels":
-            return _labels(names, x, axis, span)
-        case _:
-            return _padded(x, jnp.zeros((), x.dtype), axis, span)
-
-
-def _shifts(names: Names, span: Span) -> bool:
-    return span.start == 0 if names.shift is None else names.shift
-
-
-def _labels(names: Names, x: Any, axis: int, span: Span) -> Any:
-    ignored = jnp.asarray(IGNORED, x.dtype)
-    if names.drop_first_label and span.start == 0:
-        rest = lax.slice_in_dim(x, 1, x.shape[axis], axis=axis)
-        return _padded(rest, ignored, axis, dataclasses.replace(span, prefix=span.prefix + 1))
-    return _padded(x, ignored, axis, span)
-
-
-def _padded(x: Any, value: Any, axis: int, span: Span) -> Any:
-    low, high = (0, span.virtual) if span.start else (span.virtual, 0)
-    return lax.pad(x, value, [(low, high, 0) if k == axis else (0, 0, 0) for k in range(x.ndim)])
-
-
-def _joined(x: Any, rows: Any, axis: int, span: Span) -> Any:
-    shape = [span.virtual if k == axis else n for k, n in enumerate(x.shape)]
-    rows = rows if rows.ndim == x.ndim else rows.reshape([span.virtual if k == axis else 1 for k in range(x.ndim)])
-    rows = compat.like(jnp.broadcast_to(rows, shape), jax.typeof(x))
-    return jnp.concatenate([x, rows] if span.start else [rows, x], axis=axis)
-
-
-def places(call: Call) -> dict[int, int]:
-    """Where each dynamic leaf of a call stands among those."""
-    return {leaf: k for k, leaf in enumerate(call.dynamic)}

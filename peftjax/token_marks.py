@@ -19,21 +19,21 @@ class Marked:
     """
 
     shape: tuple[int, ...]
-    marks: np.ndarray
-    known: np.ndarray | None = None
-    low: float | None = None
-    high: float | None = None
+    marks: Any
+    known: Any = None
+    low: Any = None
+    high: Any = None
     soft: bool = False
 
     def mapped(self, shape: Any, change: Any) -> "Marked":
-        """A view: `change(array, fill)` of both arrays, each with one entry where it does not vary."""
+        """A view: `change(array)` of both arrays, each with one entry where it does not vary."""
         known = None if self.known is None else small(change(self.known))
         return dataclasses.replace(self, shape=tuple(shape), marks=small(change(self.marks)), known=known)
 
     def whole(self, axes: Any) -> "Marked":
         """With every entry along these axes."""
         sizes = lambda x: [n if k in axes else m for k, (n, m) in enumerate(zip(self.shape, x.shape))]
-        full = lambda x: None if x is None else np.broadcast_to(x, sizes(x))
+        full: Any = lambda x: None if x is None else np.broadcast_to(x, sizes(x))
         return dataclasses.replace(self, marks=full(self.marks), known=full(self.known))
 
     def reduced(self, axis: int) -> "Marked":
@@ -59,7 +59,7 @@ class Marked:
         )
         return all(equal(x, y) for x, y in pairs) and (self.low, self.high) == (other.low, other.high)
 
-    def overwritten(self, axis: int, features: tuple[int, ...], ranges: Any, span: Any) -> "Marked":
+    def overwritten(self, axis: int, features: Any, ranges: Any, span: Any) -> "Marked":
         """With a prefix's rows at its positions: in all features, or in some."""
         rows = (np.arange(span.length) >= span.prefix_start) & (
             np.arange(span.length) < span.prefix_start + span.prefix

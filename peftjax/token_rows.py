@@ -81,10 +81,11 @@ def check_rows(closed: Any, sequence: Sequence, args: list[Marked], kinds: Any, 
                 marks = np.take(marks, np.r_[sequence.span.real], axis=axis)
         if marks.any():
             what = "what stands at virtual positions" if (marks & PREFIX).any() else "virtual rows"
+            why = walk.notes[0] if walk.notes else "it is one of them"
             raise ValueError(
-                f"wrap_tokens: output {path or 'of the model'} would depend on {what}: {walk.notes[0] if walk.notes else 'it is one of them'}. "
-                "Give pooling and losses inside the model a mask without them (`pool_mask=`), choose the other `side=`, or "
-                "put a prefix on every attention; `check=False` trusts the model"
+                f"wrap_tokens: output {path or 'of the model'} would depend on {what}: {why}. Give pooling and "
+                "losses inside the model a mask without them (`pool_mask=`), choose the other `side=`, "
+                "or put a prefix on every attention; `check=False` trusts the model"
             )
 
 
@@ -180,7 +181,7 @@ class Walk:
         return [joined([x, y]) for x, y in zip(carry, outs[:count])] + outs[count:]
 
     def acted(self, eqn: Any, operands: list[Marked], outs: list[Marked]) -> list[Marked]:
-        """The outputs after what overlays did there: a prefix overwrites rows; a prompt's ids have to arrive at its table."""
+        """The outputs after what overlays did there: a prefix overwrites rows; a prompt's ids arrive at its table."""
         self.visits[id(eqn)] += 1
         for path, size in self.sequence.looked_up.get(id(eqn), ()):
             rows = set(range(size, size + self.sequence.span.prompt))
@@ -189,5 +190,6 @@ class Walk:
                     f"wrap_tokens: the table at {path} is looked up by something else than the ids that are named"
                 )
         if id(eqn) in self.sequence.acted and id(eqn) not in self.without:
-            outs = [outs[0].overwritten(*self.sequence.acted[id(eqn)][0], self.sequence.span), *outs[1:]]
+            axis, features, ranges = self.sequence.acted[id(eqn)][0]
+            outs = [outs[0].overwritten(axis, features, ranges, self.sequence.span), *outs[1:]]
         return outs

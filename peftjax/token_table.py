@@ -53,8 +53,8 @@ def at_table(name: str, make: Callable[[Leaf], Any], targets: Targets | None) ->
         def checked(leaf: Leaf) -> Any:
             if leaf.axes != "io" or any(isinstance(x, Table) for x in layers(leaf.value)):
                 raise ValueError(
-                    f"{name}: {path} is {leaf.value!r} with axes {leaf.axes!r}; expected a table (vocabulary, D), 'io', "
-                    "that has no further rows yet"
+                    f"{name}: {path} is {leaf.value!r} with axes {leaf.axes!r}; expected a table (vocabulary, D), "
+                    "'io', that has no further rows yet"
                 )
             return make(leaf)
 

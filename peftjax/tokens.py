@@ -2,7 +2,8 @@
 
 import functools
 import inspect
-from typing import Any, Callable, ParamSpec, Sequence as Seq, TypeVar
+from typing import Any, Callable, ParamSpec, TypeVar
+from typing import Sequence as Seq
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +22,12 @@ from peftjax.token_args import (
     check_arguments,
     check_values,
     find,
-    inserted,
     resized,
 )
 from peftjax.token_axes import Differ, Sequence, Span, moves
+from peftjax.token_insert import inserted
 from peftjax.token_rows import check_rows
 from peftjax.token_rows import given as rows_of
-from peftjax.tree import map_layers, resolve
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -51,8 +51,8 @@ def wrap_tokens(
 ) -> Callable[P, R]:
     """`peftjax.wrap` for functions of token ids: it inserts the virtual tokens of a tree with prompts or prefixes.
 
-    `[P; x]` or `[x; P]` goes through the model, and x's rows come out. Arguments are named as keywords, as parameters of
-    `fn`, or as keys in its arguments ("input_ids", or "batch/input_ids" where that is not unique).
+    `[P; x]` or `[x; P]` goes through the model, and x's rows come out. Arguments are named as keywords, as parameters
+    of `fn`, or as keys in its arguments ("input_ids", or "batch/input_ids" where that is not unique).
 
     Args:
       fn: any function that `jax.jit` could trace, `fn(params, ...)`.
@@ -94,7 +94,9 @@ def wrap_tokens(
     if side not in ("auto", "first", "last"):
         raise ValueError(f"wrap_tokens: side={side!r}; expected 'auto', 'first' or 'last'")
     usual = {k: p.default for k, p in inspect.signature(wrap_tokens).parameters.items()}
-    given = dict(ids=ids, mask=mask, positions=positions, types=types, labels=labels, pool_mask=pool_mask)
+    given: dict[str, Any] = dict(
+        ids=ids, mask=mask, positions=positions, types=types, labels=labels, pool_mask=pool_mask
+    )
     implied = frozenset(k for k, v in given.items() if v == usual[k])
     names = Names(**given, side=side, shift=shift, axis=axis, drop_first_label=drop_first_label, keep=tuple(keep),
                   check=check, implied=implied)  # type: ignore[arg-type]  # fmt: skip
@@ -166,8 +168,8 @@ def _traced(fn: Any, call: Call, types: Seq[Any], count: int) -> tuple[Any, Any]
     except Exception as error:
         raise ValueError(
             f"wrap_tokens: the model cannot be traced with {count} virtual tokens ({type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else ''}). Is every argument with an axis of tokens named, and no "
-            "length a Python number?"
+            f"{str(error).splitlines()[0] if str(error) else ''}). Is every argument with an axis of tokens named, and "
+            "no length a Python number?"
         ) from error
 
 
@@ -207,8 +209,9 @@ def _cut(names: Names, out: Any, long: Any, short: Any, sequence: Sequence) -> A
         for axis, before, after in () if _is_kept(names, path) else moves(kind, other):
             if (before, after) != (sequence.size, span.length):
                 raise ValueError(
-                    f"wrap_tokens: output {path or 'of the model'} has {after} entries along axis {axis} for {span.length} "
-                    "tokens, so its virtual rows cannot be told; expected an axis of all tokens, or keep=(...,)"
+                    f"wrap_tokens: output {path or 'of the model'} has {after} entries along axis {axis} for "
+                    f"{span.length} tokens, so its virtual rows cannot be told; "
+                    "expected an axis of all tokens, or keep=(...,)"
                 )
             if span.virtual:
                 x = lax.slice_in_dim(x, span.real.start, span.real.stop, axis=axis)
@@ -219,55 +222,3 @@ def _cut(names: Names, out: Any, long: Any, short: Any, sequence: Sequence) -> A
 def _is_kept(names: Names, path: str) -> bool:
     """Whether an output keeps its virtual rows."""
     return any(path == name or path.endswith("/" + name) or path.startswith(name + "/") for name in names.keep)
-
-
-def settle(tuned: Any) -> Any:
-    """Sets prompts and prefixes aside: the tree for the steps of cached decoding, after a first call has filled the cache.
-
-    Args:
-      tuned: a tree with overlays.
-
-    Returns:
-      The tree without overlays of virtual tokens; the others stay. Positions then go on after the virtual tokens.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, peftjax as pj
-      >>> tuned = pj.prompt(2, targets="words").init(jax.random.key(0), {"words": jnp.ones((5, 2))})
-      >>> pj.settle(tuned)["words"].shape
-      (5, 2)
-    """
-    return map_layers(lambda _, x: x.base if x.virtual else x, tuned)
-
-
-def fold(tuned: Any) -> Any:
-    """Puts the values of small networks that make trained fields in their places: P-tuning's, and a deep prefix's.
-
-    Args:
-      tuned: a tree with overlays, trained.
-
-    Returns:
-      The tree that `prompt`, and `prefix` without `hidden`, would have made; overlays without a network stay.
-
-    Raises:
-      ValueError: no overlay has one.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, peftjax as pj
-      >>> tuned = pj.p_tuning(2, 4, targets="words").init(jax.random.key(0), {"words": jnp.ones((5, 2))})
-      >>> pj.extract(pj.fold(tuned))["words/prompt"].shape
-      (2, 2)
-    """
-    folded: list[str] = []
-
-    def change(path: str, x: Any) -> Any:
-        if not hasattr(type(x), "folded"):
-            return x
-        folded.append(path)
-        return x.folded()
-
-    made = map_layers(change, resolve(tuned))
-    if not folded:
-        raise ValueError(
-            "fold: no overlay has a network that makes its rows; expected one of p_tuning, or prefix(hidden=)"
-        )
-    return made
