@@ -131,10 +131,10 @@ def dense(weight: Weight) -> Any:
     """The operator as one array of its logical type."""
     if (plain := weight.plain) is not None:
         return plain
-    plain = [t.dense.astype(wide_dtype(t.dense.dtype)) for t in weight.terms if t.dense is not None and not t.factors]
-    changes = [_dense_term(t, weight.layout) for t in weight.terms if t.dense is None or t.factors]
-    # Changes are summed among themselves first: opposite ones cancel exactly.
-    parts = [*plain, functools.reduce(operator.add, changes)] if changes else plain
+    whole = [_dense_term(t, weight.layout) for t in weight.terms if t.dense is not None]
+    products = [_dense_term(t, weight.layout) for t in weight.terms if t.dense is None]
+    # Products are summed among themselves first: opposite ones cancel exactly.
+    parts = [*whole, functools.reduce(operator.add, products)] if products else whole
     return functools.reduce(operator.add, parts).astype(weight.type.dtype)
 
 

@@ -28,7 +28,10 @@ def summed(eqn: Any, y: Any, deltas: Sequence[Any]) -> Any:
     kind = eqn.outvars[0].aval
     if not deltas:
         return y
-    delta = functools.reduce(operator.add, [delta.reshape(kind.shape) for delta in deltas])
+    # A dense array between factors gives the output's type, a product that of what it reads.
+    same = len({d.dtype for d in deltas}) == 1
+    laid = [d.reshape(kind.shape) if same else d.reshape(kind.shape).astype(kind.dtype) for d in deltas]
+    delta = functools.reduce(operator.add, laid)
     delta = compat.like(delta.astype(kind.dtype), kind)
     return delta if y is None else y + delta
 
