@@ -15,6 +15,7 @@ from peftjax.merging import merge as merge
 from peftjax.method import Method as Method
 from peftjax.method import chain as chain
 from peftjax.methods.adapter import adapter as adapter
+from peftjax.methods.compacter import compacter as compacter
 from peftjax.methods.dora import dora as dora
 from peftjax.methods.ia3 import ia3 as ia3
 from peftjax.methods.loha import loha as loha
@@ -22,6 +23,7 @@ from peftjax.methods.lora import lora as lora
 from peftjax.methods.p_tuning import p_tuning as p_tuning
 from peftjax.methods.prefix import prefix as prefix
 from peftjax.methods.prompt import prompt as prompt
+from peftjax.methods.reft import reft as reft
 from peftjax.methods.unfreeze import bitfit as bitfit
 from peftjax.methods.unfreeze import full as full
 from peftjax.methods.unfreeze import head as head
