@@ -401,6 +401,10 @@ def whole(out: Any, tuned: Any) -> list[Any]:
 # The laws
 
 
+# Where what trains changes nothing: a column that is divided by its own norm has no scale. Both gradients are rounding.
+FLAT = frozenset({("ia3", "weight_norm")})
+
+
 def law_1(method: str, model: str) -> None:
     """A fresh overlay changes nothing: exactly, or nearly where the method says so."""
     it, (fn, _, _, plain) = case(method, model), _base(model)
@@ -439,7 +443,10 @@ def law_3(method: str, model: str) -> None:
         want, want_grads = dense(*pj.partition(it.tuned), *map(widened, it.args))
     found, grads = it.run(it.tuned)
     close(found, want, it.tolerance, "values")
-    close(grads, want_grads, it.tolerance, "gradients")
+    if (method, model) in FLAT:
+        close((found, grads), (want, want_grads), it.tolerance, "gradients beside values")
+    else:
+        close(grads, want_grads, it.tolerance, "gradients")
 
 
 def law_4(method: str, model: str) -> None:
@@ -500,7 +507,8 @@ def law_6(method: str, model: str) -> None:
     before = len(it.traces)
     others = [it.run(tuned)[0] for tuned in trees[1:]]
     assert len(it.traces) == before, f"{len(it.traces) - before} traces more, expected none"
-    assert all(any((np.asarray(x) != y).any() for x, y in zip(found, other, strict=True)) for other in others)
+    differs = lambda other: any((np.asarray(x) != y).any() for x, y in zip(found, other, strict=True))
+    assert (method, model) in FLAT or all(map(differs, others))
     jitted = jax.jit(it.apply)
     inside = jit(stepping(it.model, lambda t, f, *args: jitted(pj.combine(t, f), *args)), it.model)
     close(inside(*pj.partition(it.tuned), *it.args), it.run(it.tuned), it.between, "jit(grad) and grad(jit)")
