@@ -103,6 +103,7 @@ NO_OUTPUT: Mapping[str, str] = {
     "weight_norm": "expected the contraction of this kernel",
     "carried_by_while": "reached while before it could act",
     "inside_custom_vjp": "used by custom_vjp_call",
+    "inside_custom_jvp": "reached custom_jvp_call before it could act",
     "inside_shard_map": "two overlays of outputs meet",
     "inside_shard_map_split": "two overlays of outputs meet",
     "fused_qkv_slices": "is cut before the layer acts",

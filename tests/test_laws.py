@@ -30,7 +30,7 @@ def test_every_law(method, model):
     assert refusal(method, model) or not broken(method, model)
 
 
-@pytest.mark.parametrize("method,model", [*((m, "linen_mlp") for m in METHODS), ("lora", "nnx_batch_norm_dropout")])
+@pytest.mark.parametrize("method,model", [*((m, "linen_mlp") for m in METHODS if refusal(m, "linen_mlp") is None), ("lora", "nnx_batch_norm_dropout")])
 def test_identity_at_init_is_exact_step_by_step(method, model):
     it = case(method, model)
     with jax.disable_jit():
