@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import peftjax as pj
 import pytest
-from laws import KEY, LAWS, METHODS, MODELS, applies, arrays_only, broken, case, cover, refusal, whole
+from laws import KEY, LAWS, METHODS, MODELS, applies, arrays_only, broken, case, cover, refusal, stepping, whole
 
 COVER = cover()
 REST = [(method, model) for model in MODELS for method in METHODS if (method, model) not in COVER]
@@ -59,7 +59,8 @@ def test_a_method_says_which_models_it_cannot_tune(method):
         params = MODELS[model].make().params
         with pytest.raises(ValueError, match=re.compile(refusal(method, model))):
             tuned = METHODS[method].make(MODELS[model]).init(KEY, params, pj.roles(fn, params, *args))
-            jax.eval_shape(pj.wrap(fn), tuned, *args)
+            step = stepping(MODELS[model], lambda t, f, *args: pj.wrap(fn)(pj.combine(t, f), *args))
+            jax.eval_shape(step, *pj.partition(tuned), *args)
 
 
 # Law 11, for what is wrong with any method: every error names the path, what was found, and what was expected
