@@ -35,9 +35,7 @@ MODELS = {
 def loaded(name):
     """A model of transformers as a function of its saved parameters, and the arguments of the saved results."""
     config, model, output = MODELS[name]
-    config = getattr(transformers, config).from_json_file(
-        GOLDEN / name / "base" / "config.json"
-    )
+    config = getattr(transformers, config).from_json_file(GOLDEN / name / "base" / "config.json")
     model = getattr(transformers, model)(config, _do_init=False)
     saved = load_file(GOLDEN / name / "base" / "model.safetensors")
 
@@ -48,9 +46,7 @@ def loaded(name):
 
     params = jax.tree_util.tree_map_with_path(weight, model.params_shape_tree)
     base = np.load(GOLDEN / name / "base" / "ref.npz")
-    fn = lambda params, ids, mask: model(
-        ids, attention_mask=mask, params=params, train=False
-    )[output]
+    fn = lambda params, ids, mask: model(ids, attention_mask=mask, params=params, train=False)[output]
     return fn, params, (jnp.asarray(base["input_ids"]), jnp.asarray(base["mask"]))
 
 
@@ -65,8 +61,7 @@ def filled(name, tuned, tensors):
         else:
             module = [
                 *module[:-2],
-                {"o_proj": "attention", "down_proj": "output"}[module[-1]]
-                + "_adapters",
+                {"o_proj": "attention", "down_proj": "output"}[module[-1]] + "_adapters",
                 "adapters",
                 "t",
             ]
@@ -88,22 +83,15 @@ def test_equals_adapterhub(name, kind):
     config = json.loads((folder / "adapter_config.json").read_text())["config"]
     reduction, activation = config["reduction_factor"], config["non_linearity"]
     scale = config["scaling"] if config["scaling"] != "learned" else None
-    method = pj.adapter(
-        KINDS[kind], reduction=reduction, activation=activation, scale=scale
-    )
+    method = pj.adapter(KINDS[kind], reduction=reduction, activation=activation, scale=scale)
     apply, fresh = pj.attach(method, fn, params, *args, key=jax.random.key(0))
     tuned = filled(name, fresh, load_file(folder / "adapter.safetensors"))
     want = np.load(folder / "ref.npz")["output"]
-    error = (
-        np.abs(np.asarray(jax.jit(apply)(tuned, *args)) - want).max()
-        / np.abs(want).max()
-    )
+    error = np.abs(np.asarray(jax.jit(apply)(tuned, *args)) - want).max() / np.abs(want).max()
     assert error < 1e-5
     base = fn(params, *args)
     assert np.abs(want - base).max() > 1e-2 * np.abs(want).max()
-    np.testing.assert_allclose(
-        jax.jit(apply)(pj.disable(tuned), *args), base, atol=1e-6 * np.abs(base).max()
-    )
+    np.testing.assert_allclose(jax.jit(apply)(pj.disable(tuned), *args), base, atol=1e-6 * np.abs(base).max())
 
 
 # The equations, written by hand
@@ -132,20 +120,13 @@ def away(tuned):
     rng = np.random.default_rng(0)
     return pj.insert(
         tuned,
-        {
-            k: v + 0.3 * rng.standard_normal(v.shape).astype(np.float32)
-            for k, v in pj.extract(tuned).items()
-        },
+        {k: v + 0.3 * rng.standard_normal(v.shape).astype(np.float32) for k, v in pj.extract(tuned).items()},
     )
 
 
 def fields(tuned, path):
     """What trains at a path, by the name of the field."""
-    return {
-        k.rpartition("/")[2]: v
-        for k, v in pj.extract(tuned).items()
-        if k.rpartition("/")[0] == path
-    }
+    return {k.rpartition("/")[2]: v for k, v in pj.extract(tuned).items() if k.rpartition("/")[0] == path}
 
 
 def agree(kind, fn, params, args, twin, tolerance=1e-5, **options):
@@ -157,18 +138,12 @@ def agree(kind, fn, params, args, twin, tolerance=1e-5, **options):
     paths = [path for path, x in flatten(tuned) if pj.Overlay in type(x).__mro__]
     ours = jax.jit(lambda t, *args: apply(pj.combine(t, frozen), *args))
     by_path = {path: fields(tuned, path) for path in paths}
-    loss = lambda f: (
-        lambda t, *args: (jnp.sin(y := f(t, *args).astype(jnp.float32)).sum(), y)
-    )
+    loss = lambda f: lambda t, *args: (jnp.sin(y := f(t, *args).astype(jnp.float32)).sum(), y)
     (_, got), grads = jax.value_and_grad(loss(ours), has_aux=True)(trainable, *args)
     theirs = lambda by_path, *args: twin(params, by_path, *args)
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        (_, want), want_grads = jax.value_and_grad(loss(theirs), has_aux=True)(
-            by_path, *args
-        )
-    near = lambda x, y: np.testing.assert_allclose(
-        x, y, atol=tolerance * np.abs(y).max() + 1e-7, rtol=0
-    )
+        (_, want), want_grads = jax.value_and_grad(loss(theirs), has_aux=True)(by_path, *args)
+    near = lambda x, y: np.testing.assert_allclose(x, y, atol=tolerance * np.abs(y).max() + 1e-7, rtol=0)
     near(got, want)
     assert np.abs(got - fn(params, *args).astype(jnp.float32)).max() > 10 * tolerance
     for path, found in by_path.items():
@@ -177,17 +152,12 @@ def agree(kind, fn, params, args, twin, tolerance=1e-5, **options):
     return tuned
 
 
-KIND = pytest.mark.parametrize(
-    "kind", ["houlsby", "pfeiffer", "parallel", "scaled_parallel"]
-)
+KIND = pytest.mark.parametrize("kind", ["houlsby", "pfeiffer", "parallel", "scaled_parallel"])
 
 
 def drawn(shapes, dtype=jnp.float32):
     rng = np.random.default_rng(1)
-    return {
-        n: jnp.asarray(rng.standard_normal(s) / np.sqrt(s[0]), dtype)
-        for n, s in shapes.items()
-    }
+    return {n: jnp.asarray(rng.standard_normal(s) / np.sqrt(s[0]), dtype) for n, s in shapes.items()}
 
 
 SHAPES = {"up": (4, 6), "down": (6, 4), "bias": (4,), "g": (4,), "b": (4,)}
@@ -199,9 +169,7 @@ X = drawn({"x": (3, 5, 4)})["x"]
 def test_the_equations_before_and_after_a_norm(kind, post):
     """Two layers, the second one with a bias; with a norm after each sum, or before each branch."""
     centred = post == "layer"
-    stack = lambda p, x: norm(
-        x, p["g"][None, None], p["b"][None, None] if centred else 0.0, centred
-    )
+    stack = lambda p, x: norm(x, p["g"][None, None], p["b"][None, None] if centred else 0.0, centred)
 
     def model(p, x, join):
         for end in ("first", "second"):
@@ -219,18 +187,11 @@ def test_the_equations_before_and_after_a_norm(kind, post):
     }
     ends = {"first": "first/down", "second": "second/bias"}
     after = (lambda s: stack(params, s)) if post else (lambda s: s)
-    twin = lambda p, by, x: model(
-        p, x, lambda end, h, r: join(kind, h, r, by[ends[end]], after)
-    )
+    twin = lambda p, by, x: model(p, x, lambda end, h, r: join(kind, h, r, by[ends[end]], after))
     fn = lambda p, x: model(p, x, lambda end, h, r: r + h)
     tuned = agree(kind, fn, params, (X,), twin)
-    assert (
-        tuned["second"]["bias"].kernel == "second/down"
-        and tuned["first"]["down"].kernel is None
-    )
-    assert (tuned["first"]["down"].norm_scale == pj.Ref("g")) == (
-        kind == "pfeiffer" and post is not None
-    )
+    assert tuned["second"]["bias"].kernel == "second/down" and tuned["first"]["down"].kernel is None
+    assert (tuned["first"]["down"].norm_scale == pj.Ref("g")) == (kind == "pfeiffer" and post is not None)
 
 
 @KIND
@@ -238,16 +199,12 @@ def test_channels_first(kind):
     """A convolution whose features are the second axis, with a bias."""
 
     def model(p, x, join):
-        h = jax.lax.conv_general_dilated(
-            x, p["w"], (1, 1), "SAME", dimension_numbers=("NCHW", "OIHW", "NCHW")
-        )
+        h = jax.lax.conv_general_dilated(x, p["w"], (1, 1), "SAME", dimension_numbers=("NCHW", "OIHW", "NCHW"))
         return join(h + p["b"][None, :, None, None], x)
 
     params = drawn({"w": (4, 4, 3, 3), "b": (4,)})
     last = lambda y: jnp.moveaxis(y, 1, -1)
-    twin = lambda p, by, x: model(
-        p, x, lambda h, r: jnp.moveaxis(join(kind, last(h), last(r), by["b"]), -1, 1)
-    )
+    twin = lambda p, by, x: model(p, x, lambda h, r: jnp.moveaxis(join(kind, last(h), last(r), by["b"]), -1, 1))
     fn = lambda p, x: model(p, jnp.sin(x), lambda h, r: h + r)
     agree(
         kind,
@@ -290,12 +247,8 @@ def test_scanned_layers_have_an_adapter_each(kind, post):
         s = join(jnp.tanh(x) @ p["w"], x, p)
         return norm(s, p["g"][None, None], 0.0, True) if post else s
 
-    scanned = lambda p, x, layer: jax.lax.scan(lambda x, p: (layer(x, p), None), x, p)[
-        0
-    ]
-    fn = lambda p, x: scanned(
-        p, x, jax.checkpoint(lambda x, p: layer(lambda h, r, p: h + r, x, p))
-    )
+    scanned = lambda p, x, layer: jax.lax.scan(lambda x, p: (layer(x, p), None), x, p)[0]
+    fn = lambda p, x: scanned(p, x, jax.checkpoint(lambda x, p: layer(lambda h, r, p: h + r, x, p)))
 
     def twin(p, by, x):
         for k in range(3):
@@ -320,9 +273,7 @@ class TwinBlock(zoo.Block):
     @nn.compact
     def __call__(self, x):
         at = lambda end: self.get_variable("params", end)
-        h = nn.MultiHeadDotProductAttention(num_heads=4, name="attention")(
-            nn.LayerNorm(name="norm_1")(x)
-        )
+        h = nn.MultiHeadDotProductAttention(num_heads=4, name="attention")(nn.LayerNorm(name="norm_1")(x))
         x = join(self.kind, h, x, at("at_out")) if self.kind == "houlsby" else h + x
         h = nn.Dense(self.features, name="up")(nn.LayerNorm(name="norm_2")(x))
         return join(
@@ -337,20 +288,14 @@ class TwinBlock(zoo.Block):
 @pytest.mark.parametrize("name", ["linen_scan", "linen_scan_remat"])
 def test_linen_blocks(kind, name):
     fn, params, args = zoo.MODELS[name].make()
-    ends = (
-        {"at_down": "down", "at_out": "attention/out"}
-        if kind == "houlsby"
-        else {"at_down": "down"}
-    )
+    ends = {"at_down": "down", "at_out": "attention/out"} if kind == "houlsby" else {"at_down": "down"}
 
     def twin(params, by, x):
         block = {
             **params["layers"]["block"],
             **{at: by[f"layers/block/{end}/bias"] for at, end in ends.items()},
         }
-        return zoo.stack(functools.partial(TwinBlock, kind=kind)).apply(
-            {"params": {"layers": {"block": block}}}, x
-        )
+        return zoo.stack(functools.partial(TwinBlock, kind=kind)).apply({"params": {"layers": {"block": block}}}, x)
 
     agree(kind, fn, params, args, twin)
 
@@ -363,9 +308,7 @@ def test_nnx_stack(kind):
         leaves = {path: x for path, x in flatten(params)}
         for k in range(3):
             at = lambda name: leaves[f"layers/{name}"][k]
-            h = jnp.tanh(x @ at("up/kernel") + at("up/bias")) @ at("down/kernel") + at(
-                "down/bias"
-            )
+            h = jnp.tanh(x @ at("up/kernel") + at("up/bias")) @ at("down/kernel") + at("down/bias")
             x = join(kind, h, x, {n: f[k] for n, f in by["layers/down/bias"].items()})
         return x
 
@@ -382,13 +325,9 @@ def test_bfloat16_keeps_its_type():
     def twin(p, by, x):
         p, x = jax.tree.map(lambda y: y.astype(jnp.float32), (p, x))
         after = lambda s: norm(s, p["g"], p["b"], True)
-        return after(
-            join("pfeiffer", jnp.tanh(x @ p["up"]) @ p["down"], x, by["down"], after)
-        )
+        return after(join("pfeiffer", jnp.tanh(x @ p["up"]) @ p["down"], x, by["down"], after))
 
-    tuned = agree(
-        "pfeiffer", fn, params, (X.astype(jnp.bfloat16),), twin, tolerance=3e-2
-    )
+    tuned = agree("pfeiffer", fn, params, (X.astype(jnp.bfloat16),), twin, tolerance=3e-2)
     assert tuned["down"].down.dtype == jnp.float32
     assert pj.wrap(fn)(tuned, X.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
@@ -397,9 +336,7 @@ def test_a_layer_without_a_residual_add_has_its_adapter_at_its_output():
     params = drawn({"w1": (4, 6), "b1": (6,), "w2": (6, 4)})
     fn = lambda p, x: jnp.tanh(x @ p["w1"] + p["b1"][None, None]) @ p["w2"]
     end = lambda h, f: h + hand(h, f)
-    twin = lambda p, by, x: end(
-        jnp.tanh(end(x @ p["w1"] + p["b1"], by["b1"])) @ p["w2"], by["w2"]
-    )
+    twin = lambda p, by, x: end(jnp.tanh(end(x @ p["w1"] + p["b1"], by["b1"])) @ p["w2"], by["w2"])
     agree("houlsby", fn, params, (X,), twin, targets=("w1", "w2"))
 
 
@@ -413,9 +350,7 @@ def test_a_norm_that_trains_has_one_gradient():
         return norm(s, p["g"][None, None], p["b"][None, None], True)
 
     fn = lambda p, x: model(p, x, lambda h, r: h + r)
-    method = pj.chain(
-        pj.adapter("pfeiffer", bottleneck=2, scale=1.5), pj.unfreeze(("g", "b"))
-    )
+    method = pj.chain(pj.adapter("pfeiffer", bottleneck=2, scale=1.5), pj.unfreeze(("g", "b")))
     apply, fresh = pj.attach(method, fn, params, X, key=jax.random.key(0))
     tuned = away(fresh)
     flat, f = pj.extract(tuned), fields(tuned, "down")
@@ -423,20 +358,12 @@ def test_a_norm_that_trains_has_one_gradient():
 
     def twin(g, b):
         after = lambda s: norm(s, g, b, True)
-        return model(
-            {**params, "g": g, "b": b}, X, lambda h, r: join("pfeiffer", h, r, f, after)
-        )
+        return model({**params, "g": g, "b": b}, X, lambda h, r: join("pfeiffer", h, r, f, after))
 
     with jax.numpy_rank_promotion("allow"):
-        np.testing.assert_allclose(
-            apply(tuned, X), twin(flat["g/value"], flat["b/value"]), atol=1e-5
-        )
-        want = jax.grad(lambda g, b: jnp.sin(twin(g, b)).sum(), (0, 1))(
-            flat["g/value"], flat["b/value"]
-        )
-    grads = pj.extract(
-        pj.value_and_grad(lambda t: jnp.sin(apply(t, X)).sum())(tuned)[1]
-    )
+        np.testing.assert_allclose(apply(tuned, X), twin(flat["g/value"], flat["b/value"]), atol=1e-5)
+        want = jax.grad(lambda g, b: jnp.sin(twin(g, b)).sum(), (0, 1))(flat["g/value"], flat["b/value"])
+    grads = pj.extract(pj.value_and_grad(lambda t: jnp.sin(apply(t, X)).sum())(tuned)[1])
     np.testing.assert_allclose(grads["g/value"], want[0], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(grads["b/value"], want[1], rtol=1e-4, atol=1e-5)
 
@@ -449,9 +376,7 @@ def test_activations(activation):
     cubic = 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))
     want = {"relu": np.maximum(z, 0), "gelu": z * phi, "gelu_tanh": z * cubic, "swish": z * sigmoid, "tanh": np.tanh(z),
             "leaky_relu": np.where(z > 0, z, 0.01 * z), "sigmoid": sigmoid, "identity": z}  # fmt: skip
-    np.testing.assert_allclose(
-        ACTIVATIONS[activation](jnp.asarray(z)), want[activation], atol=1e-6
-    )
+    np.testing.assert_allclose(ACTIVATIONS[activation](jnp.asarray(z)), want[activation], atol=1e-6)
 
 
 # How they start
@@ -474,9 +399,7 @@ def begun(**options):
 
 
 def test_how_they_start():
-    exact, near, bert = (
-        begun(init=init, reduction=4) for init in ("exact", "near", "bert")
-    )
+    exact, near, bert = (begun(init=init, reduction=4) for init in ("exact", "near", "bert"))
     assert exact.down.shape == (512, 128) and exact.up.shape == (128, 512)
     assert not exact.up.any() and np.abs(exact.down).max() <= 1 / math.sqrt(512)
     np.testing.assert_allclose(exact.down.std(), 1 / math.sqrt(3 * 512), rtol=0.02)
@@ -484,17 +407,9 @@ def test_how_they_start():
     np.testing.assert_allclose(near.up.std(), 0.8796 * 1e-2, rtol=0.02)
     np.testing.assert_allclose(bert.down.std(), 2e-2, rtol=0.02)
     assert not any(x.down_bias.any() or x.up_bias.any() for x in (exact, near, bert))
-    assert begun(reduction=1000).down.shape == (512, 1) and begun(
-        reduction=0.5
-    ).down.shape == (512, 1024)
-    assert [
-        begun(kind=k, bottleneck=2).scale
-        for k in ("pfeiffer", "parallel", "scaled_parallel")
-    ] == [1, 4, 1]
-    assert (
-        begun(kind="scaled_parallel", bottleneck=2).gate == 1
-        and begun(kind="parallel", bottleneck=2).gate is None
-    )
+    assert begun(reduction=1000).down.shape == (512, 1) and begun(reduction=0.5).down.shape == (512, 1024)
+    assert [begun(kind=k, bottleneck=2).scale for k in ("pfeiffer", "parallel", "scaled_parallel")] == [1, 4, 1]
+    assert begun(kind="scaled_parallel", bottleneck=2).gate == 1 and begun(kind="parallel", bottleneck=2).gate is None
 
 
 # What is refused
@@ -553,9 +468,7 @@ def test_models_without_such_a_sublayer():
     ):
         pj.adapter().init(jax.random.key(0), params)
 
-    def mixed(
-        p, x
-    ):  # attention without projections: queries and keys are the stream itself
+    def mixed(p, x):  # attention without projections: queries and keys are the stream itself
         x = jnp.sin(x)
         return x + jax.nn.softmax(jnp.einsum("btd,bsd->bts", x, x)) @ x @ p["w"]
 
@@ -571,9 +484,7 @@ def test_models_without_such_a_sublayer():
         X,
         key=jax.random.key(0),
     )
-    np.testing.assert_allclose(
-        apply(tuned, X), mixed(drawn({"w": (4, 4)}), X), rtol=1e-6
-    )
+    np.testing.assert_allclose(apply(tuned, X), mixed(drawn({"w": (4, 4)}), X), rtol=1e-6)
 
 
 def test_a_norm_that_is_not_stacked_as_its_layer_is_refused():
@@ -582,9 +493,7 @@ def test_a_norm_that_is_not_stacked_as_its_layer_is_refused():
     norm = Norm("g", None, 1e-5)
     roles = pj.Roles(
         {
-            "w": role(
-                "linear", "io", residual=True, sublayer="feed-forward", norm=norm
-            ),
+            "w": role("linear", "io", residual=True, sublayer="feed-forward", norm=norm),
             "g": role("scale", "bo", kernel="w"),
         }
     )
@@ -592,9 +501,7 @@ def test_a_norm_that_is_not_stacked_as_its_layer_is_refused():
         ValueError,
         match="the norm after w .axes 'io'. has .'g': 'bo'.; expected one axis of features",
     ):
-        pj.adapter(bottleneck=1).init(
-            jax.random.key(0), drawn({"w": (4, 4), "g": (3, 4)}), roles
-        )
+        pj.adapter(bottleneck=1).init(jax.random.key(0), drawn({"w": (4, 4), "g": (3, 4)}), roles)
 
 
 def test_merging_says_what_to_do_instead():
@@ -605,9 +512,7 @@ def test_merging_says_what_to_do_instead():
         X,
         key=jax.random.key(0),
     )[1]
-    with pytest.raises(
-        ValueError, match=r"w \(Adapter\).*wrap\(fn\).*`disable\(tuned\)`"
-    ):
+    with pytest.raises(ValueError, match=r"w \(Adapter\).*wrap\(fn\).*`disable\(tuned\)`"):
         pj.merge(tuned)
     with pytest.raises(TypeError, match="Adapter.*peftjax.wrap"):
         X @ tuned["w"]
@@ -626,14 +531,10 @@ def test_two_overlays_that_wait_for_one_sum():
 
 @pytest.mark.third_party
 @pytest.mark.parametrize("kind", ["houlsby", "pfeiffer", "scaled_parallel"])
-@pytest.mark.parametrize(
-    "name", [n for n in CASES if not n.startswith(("Bert", "Llama"))]
-)
+@pytest.mark.parametrize("name", [n for n in CASES if not n.startswith(("Bert", "Llama"))])
 def test_on_models_of_transformers(name, kind, clip_of_old):
     config, options, inputs = CASES[name]
-    model = getattr(transformers, f"Flax{name}")(
-        getattr(transformers, config)(**options)
-    )
+    model = getattr(transformers, f"Flax{name}")(getattr(transformers, config)(**options))
     fn = lambda params, **inputs: model(**inputs, params=params, train=False)[0]
     apply, fresh = pj.attach(
         pj.adapter(kind, bottleneck=2, activation="tanh"),
@@ -645,18 +546,10 @@ def test_on_models_of_transformers(name, kind, clip_of_old):
     tuned, want = away(fresh), np.asarray(fn(model.params, **inputs))
     scale = np.abs(want).max()
     np.testing.assert_allclose(apply(fresh, **inputs), want, atol=1e-5 * scale)
-    np.testing.assert_allclose(
-        apply(pj.disable(tuned), **inputs), want, atol=1e-5 * scale
-    )
+    np.testing.assert_allclose(apply(pj.disable(tuned), **inputs), want, atol=1e-5 * scale)
     assert np.abs(apply(tuned, **inputs) - want).max() > 1e-3 * scale
     events = pj.explain(fn, tuned, **inputs)
     adapters = [path for path, x in flatten(tuned) if pj.Overlay in type(x).__mro__]
-    assert (
-        sorted(e.path for e in events if e.how == "met the residual")
-        == sorted(adapters)
-        and not events.merged
-    )
+    assert sorted(e.path for e in events if e.how == "met the residual") == sorted(adapters) and not events.merged
     grads = pj.value_and_grad(lambda t: (apply(t, **inputs) ** 2).sum())(tuned)[1]
-    assert all(
-        bool(jnp.isfinite(g).all()) and bool(g.any()) for g in jax.tree.leaves(grads)
-    )
+    assert all(bool(jnp.isfinite(g).all()) and bool(g.any()) for g in jax.tree.leaves(grads))
