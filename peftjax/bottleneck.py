@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from peftjax.blocks import Ending
 from peftjax.factored import product, wide_dtype
 from peftjax.method import Leaf
-from peftjax.overlay import Output, Ref, frozen, overlay, static
+from peftjax.overlay import Output, Ref, atoms, frozen, overlay, static
 from peftjax.roles import Roles
 
 ACTIVATIONS: Mapping[str, Callable[[Any], Any]] = {
@@ -49,7 +49,7 @@ class Bottleneck(Output):
     @property
     def stacked(self) -> tuple[tuple[int, ...], ...]:
         """The axes of the base along which layers or experts lie, each with its own bottleneck."""
-        return tuple((k,) for k, letter in enumerate(self.axes) if letter in "sb")
+        return atoms(self.axes, "sb")
 
     def labels(self) -> dict[str, tuple[Any, ...]]:
         """The scale has the stacked axes, and the norm's arrays the norm's own."""

@@ -130,6 +130,11 @@ class Ref:
     field: str | None = None
 
 
+def atoms(axes: str, letters: str) -> tuple[Any, ...]:
+    """The axes of a leaf that have one of these letters, as `labels` writes them: `(k,)` for axis k."""
+    return tuple((k,) for k, letter in enumerate(axes) if letter in letters)
+
+
 def is_overlay(x: Any) -> bool:
     """Whether x is an overlay; the `is_leaf` of every walk over a tuned tree."""
     return isinstance(x, Overlay)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from peftjax import compat
-from peftjax.overlay import Output, frozen, overlay, static, trained, type_of
+from peftjax.overlay import Output, atoms, frozen, overlay, static, trained, type_of
 
 Ranges = tuple[tuple[int, int], ...] | None
 
@@ -133,11 +133,6 @@ class DeepPrefix(Output):
     def summary(self) -> str:
         """Its length."""
         return f"length={self.length}"
-
-
-def atoms(axes: str, letters: str) -> tuple[Any, ...]:
-    """The axes of a leaf with these letters."""
-    return tuple((k,) for k, letter in enumerate(axes) if letter in letters)
 
 
 def _written(x: Any, rows: Any) -> Written:

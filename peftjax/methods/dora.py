@@ -10,7 +10,7 @@ from peftjax.factored import Factor, Term, chain, materialise, scaled
 from peftjax.lowrank import INITS, checked, layered, replaced
 from peftjax.method import Leaf, Method, method, per_leaf
 from peftjax.norms import changed_norm, norm
-from peftjax.overlay import Overlay, frozen, is_overlay, overlay, static, trained
+from peftjax.overlay import Overlay, atoms, frozen, is_overlay, overlay, static, trained
 from peftjax.switches import with_key
 from peftjax.targets import Targets, pattern_value
 
@@ -40,7 +40,7 @@ class DoRA(Overlay):
     def labels(self) -> dict[str, tuple[Any, ...]]:
         """A keeps the axes that W reads, B those that it writes, and so do the magnitude and the norm."""
         reads, writes = replaced(self.axes, "o", "rank"), replaced(self.axes, "i", "rank")
-        stacked, kept = (tuple((k,) for k, x in enumerate(self.axes) if x in these) for these in ("sb", "sbo"))
+        stacked, kept = (atoms(self.axes, letters) for letters in ("sb", "sbo"))
         products = {"a": reads, "b": writes, "a0": reads, "b0": writes}
         return {**products, "m": kept, "norm": kept, "scale": stacked, "key": stacked}
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from peftjax.factored import Factor, Term
 from peftjax.lowrank import checked, layered, replaced
 from peftjax.method import Leaf, Method, method, per_leaf
-from peftjax.overlay import Overlay, frozen, overlay, static, trained
+from peftjax.overlay import Overlay, atoms, frozen, overlay, static, trained
 from peftjax.targets import Targets
 
 
@@ -29,7 +29,7 @@ class LoHa(Overlay):
     def labels(self) -> dict[str, tuple[Any, ...]]:
         """Each matrix keeps the axes of its side, and the stacked ones; the scale those alone."""
         writes, reads = replaced(self.axes, "i", "rank"), replaced(self.axes, "o", "rank")
-        stacked = tuple((k,) for k, letter in enumerate(self.axes) if letter in "sb")
+        stacked = atoms(self.axes, "sb")
         return {"w1a": writes, "w1b": reads, "w2a": writes, "w2b": reads, "scale": stacked}
 
     def expand(self, terms: tuple[Term, ...]) -> tuple[Term, ...]:

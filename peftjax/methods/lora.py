@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from peftjax.factored import Factor, Term
 from peftjax.lowrank import INITS, checked, layered, replaced
 from peftjax.method import Leaf, Method, method, per_leaf
-from peftjax.overlay import Overlay, frozen, overlay, static, trained
+from peftjax.overlay import Overlay, atoms, frozen, overlay, static, trained
 from peftjax.targets import Targets, pattern_value
 
 
@@ -37,7 +37,7 @@ class LoRA(Overlay):
     def labels(self) -> dict[str, tuple[Any, ...]]:
         """A keeps the axes that W reads and B those that it writes; scales and keys the stacked ones."""
         reads, writes = replaced(self.axes, "o", "rank"), replaced(self.axes, "i", "rank")
-        stacked = tuple((k,) for k, letter in enumerate(self.axes) if letter in "sb")
+        stacked = atoms(self.axes, "sb")
         return {"a": reads, "b": writes, "a0": reads, "b0": writes, "scale": stacked, "key": stacked}
 
     def expand(self, terms: tuple[Term, ...]) -> tuple[Term, ...]:

@@ -11,7 +11,7 @@ import numpy as np
 from peftjax.blocks import endings
 from peftjax.bottleneck import features, row
 from peftjax.method import Leaf, Method, method, per_leaf
-from peftjax.overlay import Output, frozen, overlay, static, trained
+from peftjax.overlay import Output, atoms, frozen, overlay, static, trained
 from peftjax.targets import Targets
 
 
@@ -37,7 +37,7 @@ class LoReFT(Output):
 
     def labels(self) -> dict[str, tuple[Any, ...]]:
         """Every array has the stacked axes; the others are the overlay's own."""
-        stacked = tuple((k,) for k, letter in enumerate(self.axes) if letter in "sb")
+        stacked = atoms(self.axes, "sb")
         wide = (*stacked, "features", "rank")
         return {"free": wide, "weight": wide, "bias": (*stacked, "rank"), "scale": stacked}
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from peftjax.factored import Term, wide_dtype
 from peftjax.method import Leaf, Method, method, per_leaf
-from peftjax.overlay import Overlay, frozen, is_overlay, overlay, static, trained
+from peftjax.overlay import Overlay, atoms, frozen, is_overlay, overlay, static, trained
 from peftjax.roles import Role
 from peftjax.targets import Targets
 
@@ -23,8 +23,7 @@ class Full(Overlay):
 
     def labels(self) -> dict[str, tuple[Any, ...]]:
         """The copy has the base's axes; the scale the stacked ones."""
-        axes = tuple((k,) for k in range(len(self.axes)))
-        return {"value": axes, "scale": tuple(a for a in axes if self.axes[a[0]] in "sb")}
+        return {"value": tuple((k,) for k in range(len(self.axes))), "scale": atoms(self.axes, "sb")}
 
     def expand(self, terms: tuple[Term, ...]) -> tuple[Term, ...]:
         """The copy alone, in the base's dtype."""

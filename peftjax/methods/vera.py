@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from peftjax.factored import Factor, Term
 from peftjax.method import Leaf, Method, chosen_leaves, laid, method
-from peftjax.overlay import Overlay, Ref, frozen, layers, overlay, static, trained
+from peftjax.overlay import Overlay, Ref, atoms, frozen, layers, overlay, static, trained
 from peftjax.roles import Roles
 from peftjax.targets import Targets
 
@@ -29,18 +29,15 @@ class VeRA(Overlay):
     axes: str = static()
     locked: tuple[str, ...] = static(default=())
 
-    def _having(self, letters: str) -> tuple[Any, ...]:
-        return tuple((k,) for k, letter in enumerate(self.axes) if letter in letters)
-
     def labels(self) -> dict[str, tuple[Any, ...]]:
         """The vectors and the scale keep the stacked axes, `b` those that W writes; A and B have their own."""
-        stacked = self._having("sb")
-        vectors = {"d": (*stacked, "rank"), "b": self._having("sbo"), "scale": stacked}
+        stacked = atoms(self.axes, "sb")
+        vectors = {"d": (*stacked, "rank"), "b": atoms(self.axes, "sbo"), "scale": stacked}
         return {**vectors, "shared_a": ("inputs", "rank"), "shared_b": ("rank", "outputs")}
 
     def expand(self, terms: tuple[Term, ...]) -> tuple[Term, ...]:
         """The base's terms, and the product of random matrices and vectors."""
-        labels, reads, writes = self.labels(), self._having("i"), self._having("o")
+        labels, reads, writes = self.labels(), atoms(self.axes, "i"), atoms(self.axes, "o")
         n_in, n_out = ([self.type.shape[k] for (k,) in atoms] for atoms in (reads, writes))
         a = self.shared_a[: math.prod(n_in)].reshape(*n_in, -1)
         b = self.shared_b[:, : math.prod(n_out)].reshape(-1, *n_out)
