@@ -14,13 +14,10 @@ Ranges = tuple[tuple[int, int], ...] | None
 
 
 @overlay
-class Written(Output):
-    """Overwrites its layer's output at the virtual positions with `rows`, in the features where `on` is true."""
+class AtPositions(Output):
+    """What overlays share that overwrite their layer's output at the virtual positions, in some or all of its features."""
 
     base: Any = frozen()
-    rows: Any = frozen()
-    on: Any = frozen(default=None)
-    name: str = static()
     axes: str = static()
     length: int = static()
     features: Ranges = static(default=None)
@@ -32,6 +29,19 @@ class Written(Output):
     def virtual(self) -> int:  # type: ignore[override]
         """A virtual token a row."""
         return self.length
+
+    def summary(self) -> str:
+        """Its length."""
+        return f"length={self.length}"
+
+
+@overlay
+class Written(AtPositions):
+    """Overwrites its layer's output at the virtual positions with `rows`, in the features where `on` is true."""
+
+    rows: Any = frozen()
+    on: Any = frozen(default=None)
+    name: str = static()
 
     def labels(self) -> dict[str, tuple[Any, ...]]:
         """The rows have the output axes of the leaf, so a view that cuts or moves those does the same to the rows."""
@@ -53,23 +63,11 @@ class Written(Output):
 
 
 @overlay
-class Prefix(Output):
+class Prefix(AtPositions):
     """`scale P` in the place of the layer's output at the virtual positions; P is (stacked..., n, features...)."""
 
-    base: Any = frozen()
     prefix: Any = trained()
     scale: Any = frozen()
-    axes: str = static()
-    length: int = static()
-    features: Ranges = static(default=None)
-    kernel: str | None = static(default=None)
-    where: str = static(default="output")
-    locked: tuple[str, ...] = static(default=())
-
-    @property
-    def virtual(self) -> int:  # type: ignore[override]
-        """A virtual token a row."""
-        return self.length
 
     def labels(self) -> dict[str, tuple[Any, ...]]:
         """P has the leaf's stacked axes and its outputs, or only some of these, joined."""
@@ -80,33 +78,17 @@ class Prefix(Output):
         """The rows to write."""
         return _written(self, self.prefix)
 
-    def summary(self) -> str:
-        """Its length."""
-        return f"length={self.length}"
-
 
 @overlay
-class DeepPrefix(Output):
+class DeepPrefix(AtPositions):
     """A prefix `P = tanh(E W1 + b1) W2 + b2`; E, W1 and b1 are one for all layers, W2 and b2 a layer's own."""
 
-    base: Any = frozen()
     embedding: Any = trained()
     w1: Any = trained()
     b1: Any = trained()
     w2: Any = trained()
     b2: Any = trained()
     scale: Any = frozen()
-    axes: str = static()
-    length: int = static()
-    features: Ranges = static(default=None)
-    kernel: str | None = static(default=None)
-    where: str = static(default="output")
-    locked: tuple[str, ...] = static(default=())
-
-    @property
-    def virtual(self) -> int:  # type: ignore[override]
-        """A virtual token a row."""
-        return self.length
 
     def labels(self) -> dict[str, tuple[Any, ...]]:
         """W2 and b2 have the leaf's stacked axes and its outputs, or only some of these, joined."""
@@ -129,10 +111,6 @@ class DeepPrefix(Output):
         """The rows themselves, without the network."""
         kept = {name: getattr(self, name) for name in ("base", "scale", "axes", "length", "features", "kernel")}
         return Prefix(prefix=self.prefix(), **kept)
-
-    def summary(self) -> str:
-        """Its length."""
-        return f"length={self.length}"
 
 
 def _written(x: Any, rows: Any) -> Written:

@@ -11,11 +11,10 @@ from peftjax.targets import Targets, choose
 
 
 @overlay
-class Prompt(Table):
-    """`scale P` below the table's rows: ids V, V + 1, ... of a vocabulary of V read it."""
+class VirtualRows(Table):
+    """What overlays share that hold the embeddings of virtual tokens, below the table's rows."""
 
     base: Any = frozen()
-    prompt: Any = trained()
     scale: Any = frozen()
     length: int = static()
     locked: tuple[str, ...] = static(default=())
@@ -25,6 +24,17 @@ class Prompt(Table):
         """A virtual token a row."""
         return self.length
 
+    def summary(self) -> str:
+        """Its length."""
+        return f"length={self.length}"
+
+
+@overlay
+class Prompt(VirtualRows):
+    """`scale P` below the table's rows: ids V, V + 1, ... of a vocabulary of V read it."""
+
+    prompt: Any = trained()
+
     def labels(self) -> dict[str, tuple[Any, ...]]:
         """A row has the features of the table's rows."""
         return {"prompt": ("rows", (1,)), "scale": ()}
@@ -32,10 +42,6 @@ class Prompt(Table):
     def rows(self) -> Any:
         """The rows, (n, D)."""
         return self.scale * self.prompt
-
-    def summary(self) -> str:
-        """Its length."""
-        return f"length={self.length}"
 
 
 def at_table(name: str, make: Callable[[Leaf], Any], targets: Targets | None) -> Method:

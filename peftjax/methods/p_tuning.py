@@ -6,16 +6,15 @@ import jax
 import jax.numpy as jnp
 
 from peftjax.method import Leaf, Method, method
-from peftjax.overlay import Table, frozen, overlay, static, trained
+from peftjax.overlay import overlay, trained
 from peftjax.targets import Targets
-from peftjax.token_table import Prompt, at_table, check_length
+from peftjax.token_table import Prompt, VirtualRows, at_table, check_length
 
 
 @overlay
-class PTuning(Table):
+class PTuning(VirtualRows):
     """`scale relu(relu(E W1 + b1) W2 + b2) W3 + b3` below the table's rows."""
 
-    base: Any = frozen()
     embedding: Any = trained()
     w1: Any = trained()
     b1: Any = trained()
@@ -23,14 +22,6 @@ class PTuning(Table):
     b2: Any = trained()
     w3: Any = trained()
     b3: Any = trained()
-    scale: Any = frozen()
-    length: int = static()
-    locked: tuple[str, ...] = static(default=())
-
-    @property
-    def virtual(self) -> int:  # type: ignore[override]
-        """A virtual token a row."""
-        return self.length
 
     def labels(self) -> dict[str, tuple[Any, ...]]:
         """What the network puts out has the features of the table's rows; the rest is its own."""
@@ -46,10 +37,6 @@ class PTuning(Table):
     def folded(self) -> Prompt:
         """The rows themselves, without the network."""
         return Prompt(base=self.base, prompt=self.replace(scale=1.0).rows(), scale=self.scale, length=self.length)
-
-    def summary(self) -> str:
-        """Its length."""
-        return f"length={self.length}"
 
 
 @method
