@@ -56,6 +56,7 @@ def tensors(change):
 
 DAMAGES = {
     "an option that is not supported": (page(ln_before=True), "ln_before is True, expected False"),
+    "an option that is not known": (page(ln_befor=True), "ln_befor=True is not supported .nearest that is: ln_before"),
     "a Compacter": (page(phm_layer=True), "phm_layer is True, expected False"),
     "a placement of its own": (page(mh_adapter=True, is_parallel=True), r"expected one of \[\(True, False, False\)"),
     "an unknown activation": (page(non_linearity="mish"), "non_linearity is 'mish', expected one of relu"),
@@ -71,6 +72,10 @@ DAMAGES = {
     ),
     "a missing tensor": (tensors(lambda t, first: t.pop(first)), "missing: encoder.layer.0.output.adapters.t"),
     "a further tensor": (tensors(lambda t, first: t.__setitem__("x", np.ones(2, np.float32))), "unknown: x"),
+    "a tensor under two names": (
+        tensors(lambda t, first: t.__setitem__(f"bert.{first}", t[first] + 1)),
+        "with and without 'bert.' before the name",
+    ),
     "a NaN": (tensors(lambda t, first: t.__setitem__(first, t[first] * np.float32("nan"))), "not finite: encoder"),
     "another library's page": (
         lambda folder: (folder / "adapter_config.json").write_text('{"r": 2}'),

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import flax.linen as nn
 import golden_models as golden
 import jax
 import jax.numpy as jnp
@@ -49,9 +50,7 @@ def test_writes_back_what_it_read(model, adapter, tmp_path):
 
 @pytest.mark.parametrize("model,adapter", [case for case in CASES if case not in READ])
 def test_methods_that_are_not_read_are_refused_by_name(model, adapter):
-    with pytest.raises(
-        ValueError, match="peft_type is '(PREFIX_TUNING|PROMPT_TUNING|P_TUNING|ADALORA|VERA)'"
-    ):
+    with pytest.raises(ValueError, match="peft_type is '(PREFIX_TUNING|PROMPT_TUNING|P_TUNING|ADALORA|VERA)'"):
         loaded(model, adapter)
 
 
@@ -88,6 +87,26 @@ def test_names_map_a_stacked_leaf_to_numbered_modules(tmp_path):
     a = tuned["layers"]["dense"]["kernel"].a
     np.testing.assert_array_equal(tensors["base_model.model.model.layers.1.dense.lora_A.weight"], a[1].T)
     again = hf_peft.load(tmp_path / "a", params, roles, names)
+    jax.tree.map(np.testing.assert_array_equal, pj.extract(again), pj.extract(tuned))
+
+
+@pytest.mark.parametrize("window", [(3, 2), (1, 1), (3,)])
+def test_a_convolution_is_written_as_torch_has_it(window, tmp_path):
+    conv = nn.Conv(5, window)
+    x = jnp.ones((2, *(6 for _ in window), 4))
+    params = {"conv": conv.init(jax.random.key(0), x)["params"]}
+    fn = lambda params, x: conv.apply({"params": params["conv"]}, x)
+    roles = pj.roles(fn, params, x)
+    tuned = pj.lora(rank=2, alpha=6, targets=("conv",)).init(jax.random.key(1), params, roles)
+    tuned = pj.insert(tuned, {k: np.asarray(v) + 0.1 for k, v in pj.extract(tuned).items()})
+    hf_peft.save(tmp_path / "a", tuned, roles)
+    tensors = load_file(tmp_path / "a" / TENSORS)
+    a, b = (tensors[f"base_model.model.conv.lora_{k}.weight"] for k in "AB")
+    assert a.shape == (2, 4, *window) and b.shape == (5, 2, *(1 for _ in window))
+    delta = np.einsum("or,ri...->oi...", b.reshape(5, 2), a) * 3  # alpha / rank
+    merged = np.asarray(pj.merge(tuned)["conv"]["kernel"]) - np.asarray(params["conv"]["kernel"])
+    np.testing.assert_allclose(np.moveaxis(merged, (-1, -2), (0, 1)), delta, atol=1e-5)
+    again = hf_peft.load(tmp_path / "a", params, roles)
     jax.tree.map(np.testing.assert_array_equal, pj.extract(again), pj.extract(tuned))
 
 

@@ -7,12 +7,12 @@ from typing import Any, Iterator, Mapping
 
 import jax
 
+from peftjax.flat import near
 from peftjax.interop.base import Base, regex
-from peftjax.interop.config import CONFIG, is_number, is_whole, read_page
+from peftjax.interop.config import CONFIG, about, is_number, is_whole, read_page
 from peftjax.interop.names import Names, Spot, spots
-from peftjax.interop.pickles import read_pickle
 from peftjax.interop.slots import Part, Parts, fill, slots
-from peftjax.interop.tensors import read_tensors
+from peftjax.interop.tensors import read_folder
 from peftjax.method import Method
 from peftjax.methods.adapter import Adapter, adapter
 from peftjax.roles import Roles
@@ -39,6 +39,21 @@ FIXED: dict[str, Any] = {
     "inv_adapter": None,
     "stochastic_depth": 0.0,
 }
+READ = {"mh_adapter", "is_parallel", "original_ln_before", "non_linearity", "reduction_factor", "scaling", "leave_out"}
+# Of training, of how it starts, and of Compacter's and invertible layers, which FIXED refuses.
+REMARKS = {
+    *(
+        "dropout",
+        "init_weights",
+        "init_weights_seed",
+        "inv_adapter_reduction_factor",
+        "learn_phm",
+        "phm_bias",
+        "phm_c_init",
+    ),
+    *("phm_dim", "phm_init_range", "phm_rank", "shared_W_phm", "shared_phm_rule", "factorized_phm_W"),
+    *("factorized_phm_rule", "hypercomplex_nonlinearity"),
+}
 
 
 def load(path: str | os.PathLike[str], params: Any, roles: Roles, names: Names = None, *, pickles: bool = False) -> Any:
@@ -64,13 +79,13 @@ def load(path: str | os.PathLike[str], params: Any, roles: Roles, names: Names =
     page, where = read_page(folder), str(folder / CONFIG)
     config, label = _config(page, where), page["name"]
     base = Base(spots(params, roles, names))
-    try:
+    with about(folder / CONFIG):
         tuned = _method(config, base).init(jax.random.key(0), params, roles)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-    file, tensors = _tensors(folder, pickles)
+    file, tensors = read_folder(folder, TENSORS, PICKLE, pickles)
     kind = f"{page.get('model_type')}."
     short = lambda name: name.removeprefix(kind)
+    if twice := [name for name in tensors if name != short(name) and short(name) in tensors]:
+        raise ValueError(f"{file} holds {', '.join(twice)} with and without {kind!r} before the name; expected one")
     parts = _parts(roles, label, any("output_adapters." in name for name in tensors), short)
     return fill(
         tuned, slots(tuned, base, {Adapter: parts}, ""), {short(k): x for k, x in tensors.items()}, {}, str(file)
@@ -83,6 +98,10 @@ def _config(page: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     if not isinstance(config, dict) or not isinstance(page.get("name"), str):
         raise ValueError(f"{where} is no adapter's of AdapterHub: expected `config`, an object, and `name`")
     faults = [f"{k} is {config.get(k)!r}, expected {v!r}" for k, v in FIXED.items() if config.get(k, v) != v]
+    known = {*FIXED, *READ, *REMARKS}
+    faults += [
+        f"{k}={v!r} is not supported (nearest that is: {near(k, known)})" for k, v in config.items() if k not in known
+    ]
     if _shape(config) not in KINDS:
         faults.append(
             f"(mh_adapter, is_parallel, original_ln_before) is {_shape(config)}, expected one of {list(KINDS)}"
@@ -120,17 +139,6 @@ def _method(config: Mapping[str, Any], base: Base) -> Method:
         scale=None if learned else config["scaling"],
         exclude=regex(out) if out else (),
     )
-
-
-def _tensors(folder: Path, pickles: bool) -> tuple[Path, dict[str, Any]]:
-    if (folder / TENSORS).is_file() or not (folder / PICKLE).is_file():
-        return folder / TENSORS, read_tensors(folder / TENSORS)
-    if not pickles:
-        raise ValueError(
-            f"{folder} has no {TENSORS}, but a {PICKLE}: a pickle, which is a program. `pickles=True` reads it without "
-            "running it, and admits tensors alone"
-        )
-    return folder / PICKLE, read_pickle(folder / PICKLE)
 
 
 def _parts(roles: Roles, label: str, by_layer: bool, short: Any) -> Parts:

@@ -1,9 +1,10 @@
 """Reading `adapter_config.json`: every option is known, of its type, and supported, or named in an error."""
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Iterator, Mapping
 
 from peftjax.flat import near
 from peftjax.interop.tensors import unique_json
@@ -120,6 +121,15 @@ def _contents(folder: Path) -> str:
     if not folder.is_dir():
         return "no folder of that name"
     return ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "an empty folder"
+
+
+@contextlib.contextmanager
+def about(where: Path) -> Iterator[None]:
+    """Puts the file that is wrong before what is wrong with it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def read_options(page: Mapping[str, Any], known: Mapping[str, Option], where: str) -> dict[str, Any]:

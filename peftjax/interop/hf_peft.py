@@ -11,15 +11,14 @@ from peftjax.flat import near, not_finite
 from peftjax.folders import replacing
 from peftjax.interop import peft_ia3, peft_lora
 from peftjax.interop.base import Base
-from peftjax.interop.config import CONFIG, read_options, read_page, write_page
+from peftjax.interop.config import CONFIG, about, read_options, read_page, write_page
 from peftjax.interop.formats import Format, adapted_modules, full_parts, saved_page, tables, untouched
 from peftjax.interop.names import Names, spots
-from peftjax.interop.pickles import read_pickle
 from peftjax.interop.slots import Slot, fill, read_slots, slots
-from peftjax.interop.tensors import read_tensors, write_tensors
+from peftjax.interop.tensors import read_folder, write_tensors
 from peftjax.method import Method
 from peftjax.methods.unfreeze import Full
-from peftjax.overlay import Overlay, layers
+from peftjax.overlay import layers
 from peftjax.paths import flatten
 from peftjax.roles import Roles
 from peftjax.tree import entries, map_layers, strip
@@ -75,11 +74,9 @@ def load(path: str | os.PathLike[str], params: Any, roles: Roles, names: Names =
     """
     folder = Path(path)
     found = _read(folder, params, roles, names)
-    file, tensors = _tensors(folder, pickles)
-    try:
+    file, tensors = read_folder(folder, TENSORS, PICKLE, pickles)
+    with about(folder / CONFIG):
         tuned = found.method.init(jax.random.key(0), params, roles)
-    except ValueError as error:
-        raise ValueError(f"{folder / CONFIG}: {error}") from error
     wanted = _slots(tuned, found.format, found.base)
     beside = found.format.beside(found.options, found.base, params)
     prefixed = {found.format.prefix + name: value for name, value in beside.items()}
@@ -97,21 +94,8 @@ def _read(folder: Path, params: Any, roles: Roles, names: Names) -> Read:
     format = FORMATS[kind]
     options = read_options(page, format.options, str(folder / CONFIG))
     base = Base(spots(params, roles, names))
-    try:
+    with about(folder / CONFIG):
         return Read(format, options, base, methods.chain(*format.method(options, base)))
-    except ValueError as error:
-        raise ValueError(f"{folder / CONFIG}: {error}") from error
-
-
-def _tensors(folder: Path, pickles: bool) -> tuple[Path, dict[str, Any]]:
-    if (folder / TENSORS).is_file() or not (folder / PICKLE).is_file():
-        return folder / TENSORS, read_tensors(folder / TENSORS)
-    if not pickles:
-        raise ValueError(
-            f"{folder} has no {TENSORS}, but a {PICKLE}: a pickle, which is a program. `pickles=True` reads it without "
-            "running it, and admits tensors alone"
-        )
-    return folder / PICKLE, read_pickle(folder / PICKLE)
 
 
 def _slots(tuned: Any, format: Format, base: Base) -> list[Slot]:

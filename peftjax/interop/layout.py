@@ -73,15 +73,9 @@ def layout(spot: Spot, labels: Sequence[Any], shape: Sequence[int], order: Seque
 
 
 def inputs(spot: Spot) -> list[int]:
-    """The leaf's input axes as torch has them: of a convolution, the channels before the window.
-
-    The channels lie beside the outputs, in Flax's order of axes (window, in, out) as in torch's (out, in, window).
-    """
+    """The leaf's input axes as torch has them: of a convolution, the channels before the window."""
     axes = [k for k, letter in enumerate(spot.role.axes) if letter == "i"]
-    if spot.role.op != "conv":
-        return axes
-    channels = min(axes, key=lambda k: min(abs(k - o) for o in outputs(spot)))
-    return [channels, *(k for k in axes if k != channels)]
+    return [*(k for k in axes if k not in spot.role.window), *window(spot)]
 
 
 def outputs(spot: Spot) -> list[int]:
@@ -91,7 +85,7 @@ def outputs(spot: Spot) -> list[int]:
 
 def window(spot: Spot) -> list[int]:
     """The axes of a convolution's window."""
-    return inputs(spot)[1:]
+    return list(spot.role.window)
 
 
 def whole(spot: Spot) -> tuple[Any, ...]:

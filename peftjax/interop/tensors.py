@@ -9,6 +9,8 @@ import numpy as np
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save_file
 
+from peftjax.interop.pickles import read_pickle
+
 DTYPES = {
     **{"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "F64": np.float64, "BOOL": np.bool_},
     **{
@@ -17,6 +19,22 @@ DTYPES = {
         for bits in (8, 16, 32, 64)
     },
 }
+
+
+def read_folder(folder: Path, tensors: str, pickle: str, pickles: bool) -> tuple[Path, dict[str, np.ndarray]]:
+    """The tensors in a folder, and the file they are in: that of safetensors, or a pickle where that is asked for.
+
+    Raises:
+      ValueError: there is neither, only a pickle that was not asked for, or the file is damaged.
+    """
+    if (folder / tensors).is_file() or not (folder / pickle).is_file():
+        return folder / tensors, read_tensors(folder / tensors)
+    if not pickles:
+        raise ValueError(
+            f"{folder} has no {tensors}, but a {pickle}: a pickle, which is a program. `pickles=True` reads it without "
+            "running it, and admits tensors alone"
+        )
+    return folder / pickle, read_pickle(folder / pickle)
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
