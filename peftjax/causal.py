@@ -5,9 +5,11 @@ from typing import Any
 import numpy as np
 from jax.extend import core as jex
 
+from peftjax.regions import ONCE
+
 COMPARES = {"ge", "gt", "le", "lt"}
 VIEWS = {"broadcast_in_dim", "reshape", "transpose", "convert_element_type", "squeeze", "slice", "expand_dims", "copy"}
-REGIONS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2", "custom_jvp_call"}
+REGIONS = ONCE | {"custom_jvp_call"}
 ARITHMETIC = {"add", "sub", "neg", "mul"}
 OPAQUE = {"pallas_call", "custom_call", "ffi_call", "custom_vjp_call"}
 

@@ -5,7 +5,7 @@ import functools
 import inspect
 import json
 import zlib
-from typing import Any, Callable, Mapping, ParamSpec, Sequence
+from typing import Any, Callable, Collection, Mapping, ParamSpec, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -119,6 +119,13 @@ def method(factory: Callable[P, Method]) -> Callable[P, Method]:
 
     FACTORIES[factory.__name__] = made
     return made
+
+
+def check_known(factory: str, **options: tuple[str, Collection[str]]) -> None:
+    """Raises unless each option of a factory, a pair of its value and what is known, is known."""
+    for name, (value, known) in options.items():
+        if value not in known:
+            raise ValueError(f"{factory}: unknown {name} {value!r}; expected one of {', '.join(known)}")
 
 
 @dataclasses.dataclass(frozen=True)

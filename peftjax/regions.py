@@ -24,9 +24,12 @@ def forwarded(jaxpr: Any) -> list[int | None]:
     return [None if isinstance(v, jex.Literal) else source.get(v) for v in jaxpr.outvars]
 
 
+ONCE = frozenset({"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2", "remat"})
+
+
 def runs_once(eqn: Any) -> bool:
     """Whether an equation is a region that runs exactly once, jit or remat."""
-    return eqn.primitive.name in ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2", "remat")
+    return eqn.primitive.name in ONCE
 
 
 def _inner(eqn: Any) -> Any:

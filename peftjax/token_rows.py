@@ -15,20 +15,11 @@ from jax.extend import core as jex
 
 from peftjax import compat, token_rules
 from peftjax.paths import path_of
+from peftjax.regions import ONCE
 from peftjax.token_axes import Sequence, Span, moves
 from peftjax.token_marks import PREFIX, PROMPT, Marked, anything, clean, joined
 
-ONCE = (
-    "jit",
-    "pjit",
-    "closed_call",
-    "core_call",
-    "checkpoint",
-    "remat2",
-    "remat",
-    "custom_jvp_call",
-    "custom_vjp_call",
-)
+REGIONS = ONCE | {"custom_jvp_call", "custom_vjp_call"}
 EXACT = 1 << 16  # the largest constant whose entries are followed
 
 
@@ -124,7 +115,7 @@ class Walk:
         """What is known of an equation's outputs."""
         name, p = eqn.primitive.name, eqn.params
         shapes = [tuple(v.aval.shape) if hasattr(v.aval, "shape") else () for v in eqn.outvars]
-        if name in ONCE:
+        if name in REGIONS:
             body = p.get("jaxpr") or p.get("call_jaxpr") or p.get("fun_jaxpr")
             closed = body if isinstance(body, jex.ClosedJaxpr) else jex.ClosedJaxpr(body, ())
             return self.run(closed.jaxpr, closed.consts, operands)

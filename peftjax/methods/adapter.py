@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from peftjax.blocks import SUBLAYERS, endings
 from peftjax.bottleneck import ACTIVATIONS, Bottleneck, features, placed, row, width
-from peftjax.method import Leaf, Method, method, per_leaf
+from peftjax.method import Leaf, Method, check_known, method, per_leaf
 from peftjax.overlay import overlay, trained
 from peftjax.targets import Targets
 
@@ -134,9 +134,7 @@ def adapter(
     Reference: Houlsby et al. 2019, arXiv 1902.00751; Pfeiffer et al. 2020, 2005.00247; He et al. 2021, 2110.04366.
     Where we differ: as in AdapterHub, the parallel kinds of a pre-LN block read the stream before its norm.
     """
-    for name, value, known in (("kind", kind, KINDS), ("activation", activation, ACTIVATIONS), ("init", init, INITS)):
-        if value not in known:
-            raise ValueError(f"adapter: unknown {name} {value!r}; expected one of {', '.join(known)}")
+    check_known("adapter", kind=(kind, KINDS), activation=(activation, ACTIVATIONS), init=(init, INITS))
     if reduction <= 0 or bottleneck is not None and bottleneck < 1:
         raise ValueError(f"adapter: expected bottleneck >= 1 and reduction > 0, found {bottleneck} and {reduction}")
     made = KINDS[kind]

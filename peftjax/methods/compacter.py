@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from peftjax.blocks import SUBLAYERS, endings
 from peftjax.bottleneck import ACTIVATIONS, Bottleneck, features, placed, row
-from peftjax.method import Leaf, Method, method, per_leaf
+from peftjax.method import Leaf, Method, check_known, method, per_leaf
 from peftjax.overlay import Ref, overlay, trained
 from peftjax.paths import flatten
 from peftjax.targets import Targets
@@ -105,9 +105,7 @@ def compacter(
     Reference: Mahabadi et al. 2021, arXiv 2106.04647. Where we differ: as in AdapterHub, D and U share P, and
     "compacter++" reads and changes the residual sum.
     """
-    for name, value, known in (("kind", kind, KINDS), ("activation", activation, ACTIVATIONS)):
-        if value not in known:
-            raise ValueError(f"compacter: unknown {name} {value!r}; expected one of {', '.join(known)}")
+    check_known("compacter", kind=(kind, KINDS), activation=(activation, ACTIVATIONS))
     if terms < 1 or rank < 1 or reduction <= 0:
         raise ValueError(f"compacter: expected terms, rank >= 1 and reduction > 0, found {terms}, {rank}, {reduction}")
     place, sublayers = KINDS[kind]

@@ -8,7 +8,7 @@ from jax import lax
 
 from peftjax.factored import Factor, Term, chain, materialise, scaled
 from peftjax.lowrank import INITS, checked, layered, replaced
-from peftjax.method import Leaf, Method, method, per_leaf
+from peftjax.method import Leaf, Method, check_known, method, per_leaf
 from peftjax.norms import changed_norm, norm
 from peftjax.overlay import Overlay, atoms, frozen, is_overlay, overlay, static, trained
 from peftjax.switches import with_key
@@ -131,8 +131,7 @@ def dora(
 
     Reference: Liu et al. 2024, arXiv 2402.09353.
     """
-    if init not in INITS:
-        raise ValueError(f"dora: unknown init {init!r}; expected one of {', '.join(INITS)}")
+    check_known("dora", init=(init, INITS))
     if not 0 <= dropout < 1:
         raise ValueError(f"dora: dropout is a rate in [0, 1), found {dropout}")
     ranks, alphas = dict(rank_pattern or {}), dict(alpha_pattern or {})

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from peftjax.factored import Factor, Term
 from peftjax.lowrank import INITS, checked, layered, replaced
-from peftjax.method import Leaf, Method, method, per_leaf
+from peftjax.method import Leaf, Method, check_known, method, per_leaf
 from peftjax.overlay import Overlay, atoms, frozen, overlay, static, trained
 from peftjax.targets import Targets, pattern_value
 
@@ -106,8 +106,7 @@ def lora(
 
     Reference: Hu et al. 2021, arXiv 2106.09685; rsLoRA 2312.03732; LoRA-FA 2308.03303; PiSSA 2404.02948; OLoRA 2406.01775.
     """
-    if init not in INITS:
-        raise ValueError(f"lora: unknown init {init!r}; expected one of {', '.join(INITS)}")
+    check_known("lora", init=(init, INITS))
     if not 0 <= dropout < 1:
         raise ValueError(f"lora: dropout is a rate in [0, 1), found {dropout}")
     ranks, alphas = dict(rank_pattern or {}), dict(alpha_pattern or {})

@@ -10,7 +10,7 @@ import numpy as np
 
 from peftjax.blocks import endings
 from peftjax.bottleneck import features, row
-from peftjax.method import Leaf, Method, method, per_leaf
+from peftjax.method import Leaf, Method, check_known, method, per_leaf
 from peftjax.overlay import Output, atoms, frozen, overlay, static, trained
 from peftjax.targets import Targets
 
@@ -128,9 +128,7 @@ def reft(
     the start changes nothing unless `init` says so.
     """
     ends = _ends(positions)
-    for name, value, known in (("where", where, ("residual", "output")), ("init", init, ("identity", "uniform"))):
-        if value not in known:
-            raise ValueError(f"reft: unknown {name} {value!r}; expected one of {', '.join(known)}")
+    check_known("reft", where=(where, ("residual", "output")), init=(init, ("identity", "uniform")))
 
     def start(key: Any, params: Any, roles: Any) -> Any:
         found = endings("reft", params, roles, targets, exclude, ("feed-forward",), where == "residual")
