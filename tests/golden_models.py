@@ -31,8 +31,8 @@ def flax_tree(tensors, tree):
 
 
 @functools.lru_cache
-def model(name):
-    """An unmodified Flax model of transformers: `fn(params, ids, mask)`, parameters, roles, ids, and the masks."""
+def built(name):
+    """An unmodified Flax model of transformers, and the parameters that its adapters are for."""
     import transformers
 
     kinds = {
@@ -43,13 +43,19 @@ def model(name):
     folder = GOLDEN / name / "base"
     with warnings.catch_warnings(), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         warnings.simplefilter("ignore")
-        built = kind(config.from_json_file(folder / "config.json"))
-    params = flax_tree(load_file(folder / "model.safetensors"), built.params)
-    given = np.load(folder / "ref.npz")
+        made = kind(config.from_json_file(folder / "config.json"))
+    return made, flax_tree(load_file(folder / "model.safetensors"), made.params)
+
+
+@functools.lru_cache
+def model(name):
+    """Such a model as a function of parameters, ids and mask; its parameters, roles, ids, and the masks."""
+    made, params = built(name)
+    given = np.load(GOLDEN / name / "base" / "ref.npz")
     ids, masks = jnp.asarray(given["input_ids"]), {k: jnp.asarray(given[f"mask_{k}"]) for k in MASKS}
 
     def fn(params, ids, mask):
-        return built(ids, attention_mask=mask, params=params).logits
+        return made(ids, attention_mask=mask, params=params).logits
 
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         roles = pj.roles(fn, params, ids, masks["full"])

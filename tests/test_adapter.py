@@ -3,7 +3,6 @@
 import functools
 import json
 import math
-import pathlib
 
 import flax.linen as nn
 import jax
@@ -11,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import zoo
+from golden_models import GOLDEN as FILES
+from golden_models import flax_tree
 from safetensors.numpy import load_file
 from test_flax_models import CASES, clip_of_old, transformers  # noqa: F401
 
@@ -19,7 +20,7 @@ from peftjax.bottleneck import ACTIVATIONS
 from peftjax.paths import flatten
 from peftjax.roles import Norm
 
-GOLDEN = pathlib.Path(__file__).parent / "golden" / "adapterhub"
+GOLDEN = FILES / "adapterhub"
 KINDS = {
     "double_seq_bn": "houlsby",
     "seq_bn": "pfeiffer",
@@ -37,14 +38,7 @@ def loaded(name):
     config, model, output = MODELS[name]
     config = getattr(transformers, config).from_json_file(GOLDEN / name / "base" / "config.json")
     model = getattr(transformers, model)(config, _do_init=False)
-    saved = load_file(GOLDEN / name / "base" / "model.safetensors")
-
-    def weight(keys, leaf):
-        *module, last = (key.key for key in keys)
-        w = saved[".".join((*module, "bias" if last == "bias" else "weight"))]
-        return jnp.asarray(w.T if last == "kernel" else w)
-
-    params = jax.tree_util.tree_map_with_path(weight, model.params_shape_tree)
+    params = flax_tree(load_file(GOLDEN / name / "base" / "model.safetensors"), model.params_shape_tree)
     base = np.load(GOLDEN / name / "base" / "ref.npz")
     fn = lambda params, ids, mask: model(ids, attention_mask=mask, params=params, train=False)[output]
     return fn, params, (jnp.asarray(base["input_ids"]), jnp.asarray(base["mask"]))

@@ -1,39 +1,20 @@
 """Virtual tokens: HF peft's files on unmodified Flax models, what the wrapper inserts, takes out, and refuses."""
 
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict, unflatten_dict
+from golden_models import GOLDEN, built
 from safetensors.numpy import load_file
 
 import peftjax as pj
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
 KEY = jax.random.key(3)
 
 
 # HF peft's files
-
-
-def flax_tree(tensors, like):
-    """A checkpoint's tensors in a Flax tree: kernels turned to (in, out)."""
-    named = {}
-    for path in flatten_dict(like):
-        x = tensors[".".join(path[:-1]) + (".bias" if path[-1] == "bias" else ".weight")]
-        named[path] = jnp.asarray(x.T if path[-1] == "kernel" else x)
-    return unflatten_dict(named)
-
-
-def golden(name, config, model):
-    """The model of transformers, its parameters, and the base's ids and masks."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        made = model(config.from_json_file(GOLDEN / name / "base/config.json"))
-    params = flax_tree(load_file(GOLDEN / name / "base/model.safetensors"), made.params)
-    return made, params, np.load(GOLDEN / name / "base/ref.npz")
 
 
 def close(got, want, mask=1.0):
@@ -42,16 +23,20 @@ def close(got, want, mask=1.0):
     assert (np.abs(got - want) * mask).max() <= 1e-5 * np.abs(want).max()
 
 
+def golden(name):
+    """The model of transformers, its parameters, and the base's ids and masks."""
+    pytest.importorskip("transformers")
+    return *built(name), np.load(GOLDEN / name / "base/ref.npz")
+
+
 @pytest.fixture(scope="module")
 def bert():
-    transformers = pytest.importorskip("transformers")
-    return golden("bert", transformers.BertConfig, transformers.FlaxBertForSequenceClassification)
+    return golden("bert")
 
 
 @pytest.fixture(scope="module")
 def llama():
-    transformers = pytest.importorskip("transformers")
-    return golden("llama", transformers.LlamaConfig, transformers.FlaxLlamaForCausalLM)
+    return golden("llama")
 
 
 def with_values(tuned, values):
