@@ -685,6 +685,11 @@ def refusal(method: str, model: str) -> str | None:
     return METHODS[method].refuses(MODELS[model])
 
 
+def usual(method: str) -> str:
+    """The model on which to try what says something of a method alone: a small one that it can tune."""
+    return next(model for model in ("linen_mlp", "linen_scan") if refusal(method, model) is None)
+
+
 def cover() -> list[tuple[str, str]]:
     """Pairs of a method and a model that hold every model, and every method about as often as any other.
 

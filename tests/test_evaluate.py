@@ -14,7 +14,7 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name, print_saved_residuals
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from laws import METHODS, case, moved
+from laws import METHODS, case, moved, usual
 from peftjax.overlay import is_overlay
 from zoo import MODELS
 
@@ -132,8 +132,9 @@ def test_inside_shard_map():
     """The wrapped function sees local arrays, which vary over the mesh."""
     mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2], axis_types=(AxisType.Auto,))
     tuned, x = lora(W), data(4, 8)
-    local = jax.shard_map(pj.wrap(product), mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec("data")),
-                          out_specs=PartitionSpec("data"))
+    local = jax.shard_map(
+        pj.wrap(product), mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec("data")), out_specs=PartitionSpec("data")
+    )
     close(jax.jit(local)(tuned, x), x @ pj.merge(tuned)["w"])
     total = lambda run: jax.grad(lambda b: jnp.sum(run({"w": tuned["w"].replace(b=b)}) ** 2))(tuned["w"].b)
     close(total(lambda t: jax.jit(local)(t, x)), total(lambda t: pj.wrap(product)(t, x)))
@@ -189,7 +190,7 @@ def test_a_vmapped_model_maps_the_fields():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_donating_what_trains_leaves_the_pretrained_tree_alone(method):
-    it = case(method, "linen_mlp")
+    it = case(method, usual(method))
     before = jax.tree.map(np.array, it.params)
     tuned = it.method.init(KEY, it.params, it.roles)
     trainable, frozen = pj.partition(tuned)
@@ -548,7 +549,7 @@ def test_callbacks_see_what_they_saw():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_an_eager_call_compiles_once_for_all_values(method):
-    it = case(method, "linen_mlp")
+    it = case(method, usual(method))
     jax.block_until_ready(it.apply(it.tuned, *it.args))
     before = len(it.traces)
     for tuned in (it.fresh, moved(it.tuned, 1), pj.scale(it.tuned, 0.5), pj.disable(it.tuned)):
@@ -642,6 +643,7 @@ def test_forward_over_reverse():
 
 def test_derivatives_inside_the_function():
     """A divergence by forward mode, and an energy's force by reverse mode."""
+
     def fn(params, x):
         field = lambda x: jnp.tanh(x @ params["w"])
         force = jax.grad(lambda x: jnp.sum(field(x) ** 2))(x)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import peftjax as pj
 import pytest
-from laws import KEY, LAWS, METHODS, MODELS, applies, arrays_only, broken, case, cover, refusal, stepping, whole
+from laws import KEY, LAWS, METHODS, MODELS, applies, arrays_only, broken, case, cover, refusal, stepping, usual, whole
 
 COVER = cover()
 REST = [(method, model) for model in MODELS for method in METHODS if (method, model) not in COVER]
@@ -30,7 +30,7 @@ def test_every_law(method, model):
     assert refusal(method, model) or not broken(method, model)
 
 
-@pytest.mark.parametrize("method,model", [*((m, "linen_mlp") for m in METHODS if refusal(m, "linen_mlp") is None), ("lora", "nnx_batch_norm_dropout")])
+@pytest.mark.parametrize("method,model", [*((m, usual(m)) for m in METHODS), ("lora", "nnx_batch_norm_dropout")])
 def test_identity_at_init_is_exact_step_by_step(method, model):
     it = case(method, model)
     with jax.disable_jit():
