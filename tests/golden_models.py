@@ -14,6 +14,7 @@ import peftjax as pj
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 MASKS = ("full", "rightpad", "leftpad")
+SOFT = ("prompt", "ptuning", "prefix")  # with virtual tokens
 
 
 def adapters(model):
@@ -54,12 +55,24 @@ def model(name):
     given = np.load(GOLDEN / name / "base" / "ref.npz")
     ids, masks = jnp.asarray(given["input_ids"]), {k: jnp.asarray(given[f"mask_{k}"]) for k in MASKS}
 
-    def fn(params, ids, mask):
-        return made(ids, attention_mask=mask, params=params).logits
+    def fn(params, ids, mask, positions=None):
+        return made(ids, attention_mask=mask, position_ids=positions, params=params).logits
 
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         roles = pj.roles(fn, params, ids, masks["full"])
     return fn, params, roles, ids, masks
+
+
+def wrapped(name, adapter):
+    """The model that runs a tree with an adapter, as peft runs it: `apply(tuned, ids, mask)`."""
+    fn, _, _, ids, _ = model(name)
+    if adapter not in SOFT:
+        return jax.jit(pj.wrap(fn))
+    first = name == "bert" and adapter != "prefix"
+    options = {"side": "first", "check": False} if first else {"shift": True}
+    run = pj.wrap_tokens(fn, ids="ids", mask="mask", positions="positions", **options)
+    positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+    return jax.jit(lambda tuned, ids, mask: run(tuned, ids, mask, positions))
 
 
 def errors(name, folder, apply, tuned):
@@ -70,5 +83,6 @@ def errors(name, folder, apply, tuned):
         want = reference[f"logits_{kind}"]
         got = np.asarray(apply(tuned, ids, mask))
         real = np.asarray(mask)[:, :, None] if want.ndim == 3 else 1
+        want = want if want.ndim < 3 else want[:, want.shape[1] - ids.shape[1] :]  # peft keeps the rows of prompts
         found[kind] = float(np.abs((got - want) * real).max() / np.abs(want).max())
     return found

@@ -17,7 +17,7 @@ pytest.importorskip("transformers")
 pytestmark = pytest.mark.third_party
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-NOT_READ = {"prefix", "prompt", "ptuning", "adalora", "vera"}  # other methods' files: refused by name
+NOT_READ = {"prefix", "adalora", "vera"}  # other methods' files: refused by name
 CASES = [(m, a) for m in ("bert", "llama") for a in golden.adapters(m)]
 READ = [case for case in CASES if case[1] not in NOT_READ]
 
@@ -29,8 +29,9 @@ def loaded(model, adapter):
 
 @pytest.mark.parametrize("model,adapter", READ)
 def test_gives_the_logits_that_peft_gives(model, adapter):
-    fn = golden.model(model)[0]
-    found = golden.errors(model, golden.GOLDEN / model / adapter, jax.jit(pj.wrap(fn)), loaded(model, adapter))
+    found = golden.errors(
+        model, golden.GOLDEN / model / adapter, golden.wrapped(model, adapter), loaded(model, adapter)
+    )
     print(f"{model:6} {adapter:16}", *(f"{mask} {error:.1e}" for mask, error in found.items()))
     assert max(found.values()) <= 1e-5
 
@@ -288,3 +289,57 @@ def test_all_faults_of_a_file_are_listed_at_once(tmp_path):
         "not finite",
     ):
         assert fault in str(caught.value)
+
+
+HEAD = "base_model.classifier.weight"
+SOFT_DAMAGES = {
+    **{f"tensors cut to {k} of 6": cut(TENSORS, k / 6) for k in range(6)},
+    **{f"page cut to {k} of 6": cut(CONFIG, k / 6) for k in range(6)},
+    "no tensors": lambda folder: (folder / TENSORS).unlink(),
+    "no page": lambda folder: (folder / CONFIG).unlink(),
+    "no embeddings": edited(lambda t, f: t.pop("prompt_embeddings")),
+    "no head": edited(lambda t, f: t.pop(HEAD)),
+    "a prefix": edited(lambda t, f: t.__setitem__("base_model.prompt_embeddings", t.pop("prompt_embeddings"))),
+    "a longer prefix": edited(lambda t, f: t.__setitem__(HEAD.replace(".", ".model.", 1), t.pop(HEAD))),
+    "the network's weights": edited(put("prompt_encoder.default.embedding.weight", np.copy)),
+    **{
+        f"embeddings are {what}": edited(put("prompt_embeddings", change))
+        for what, change in {
+            "of a token more": lambda x: np.ones((6, 16), np.float32),
+            "of as many features as tokens": lambda x: np.ones((5, 5), np.float32),
+            "turned": lambda x: np.ones((16, 5), np.float32),
+            "flat": lambda x: np.ones(80, np.float32),
+            "empty": lambda x: np.ones((0, 16), np.float32),
+            "not finite": lambda x: np.full((5, 16), np.nan, np.float32),
+            "whole numbers": lambda x: np.ones((5, 16), np.int32),
+        }.items()
+    },
+    **{
+        f"{key} is {v!r}": page(**{key: v})
+        for key, values in {
+            "num_virtual_tokens": (..., None, 0, -1, 4, 10, 2.5, "5", True, [5]),
+            "num_transformer_submodules": (0, 2, 3, "1", True),
+            "token_dim": (8, 0, "16", 2.0),
+            "peft_type": (..., None, "PROMPT", "prompt_tuning", "CPT", "MULTITASK_PROMPT_TUNING"),
+            "modules_to_save": ([], ["classifier", "pooler"], 3, ["nothing"]),
+            "task_type": (3, ["SEQ_CLS"]),
+            "num_layers": (0, "2"),
+            "num_attention_heads": (-1, 4.0),
+            "target_modules": (["query"],),
+        }.items()
+        for v in values
+    },
+    "another base": lambda folder: None,
+}
+
+
+@pytest.mark.parametrize("damage", SOFT_DAMAGES)
+@pytest.mark.parametrize("adapter", [a for a in golden.SOFT if a not in NOT_READ])
+def test_a_damaged_folder_of_virtual_tokens_is_one_clear_error(adapter, damage, tmp_path):
+    folder = tmp_path / "adapter"
+    shutil.copytree(golden.GOLDEN / "bert" / adapter, folder)
+    SOFT_DAMAGES[damage](folder)
+    _, params, roles, _, _ = golden.model("llama" if damage == "another base" else "bert")
+    with pytest.raises(ValueError) as caught:
+        hf_peft.load(folder, params, roles)
+    assert str(folder) in str(caught.value)

@@ -53,9 +53,9 @@ def _table(x: Any, valid: Callable[[Any], bool]) -> bool:
     return isinstance(x, dict) and all(map(valid, x.values()))
 
 
-def whole(default: int | None, least: int = 0) -> Option:
+def whole(default: int | None, least: int = 0, needed: bool = False) -> Option:
     """An integer."""
-    optional = default is None
+    optional = default is None and not needed
     fits = lambda x: (is_whole(x) and least <= x < 2**31) or (optional and x is None)
     return Option(default, fits, f"an integer from {least} on")
 
@@ -68,6 +68,11 @@ def number(default: float) -> Option:
 def flag(default: bool) -> Option:
     """A boolean."""
     return Option(default, lambda x: isinstance(x, bool), "true or false")
+
+
+def text() -> Option:
+    """A text, or none."""
+    return Option(None, lambda x: x is None or isinstance(x, str), "a text")
 
 
 def names(needed: bool = False) -> Option:

@@ -11,7 +11,7 @@ from peftjax.interop.config import Option
 from peftjax.interop.layout import layout, whole
 from peftjax.interop.match import targets_of
 from peftjax.interop.names import Spot
-from peftjax.interop.slots import Part, Parts
+from peftjax.interop.slots import Part, Parts, Slot
 from peftjax.method import Method
 from peftjax.methods.unfreeze import unfreeze
 from peftjax.overlay import Overlay, layers
@@ -37,6 +37,8 @@ class Format:
       prefix: what stands before the tensors' names.
       beside: further tensors that a file holds, with the values they must have.
       plain: by type of overlay, the same overlay as peft's files can hold it.
+      wraps: whether peft wraps the modules that it adapts, and then names their own tensors as in `base_layer`.
+      placed: the slots under the names, and in the parts of tensors, that the files have.
     """
 
     options: Mapping[str, Option]
@@ -46,6 +48,8 @@ class Format:
     prefix: str = "base_model.model."
     beside: Callable[[Options, Base, Any], dict[str, Any]] = lambda options, base, params: {}
     plain: Mapping[type, Callable[[Any], Any]] = dataclasses.field(default_factory=dict)
+    wraps: bool = True
+    placed: Callable[[list[Slot], Base, Options], list[Slot]] = lambda slots, base, options: slots
 
 
 def trained_whole(options: Options, base: Base, kernels: Sequence[Spot]) -> list[Method]:
@@ -80,9 +84,11 @@ def full_parts(adapted: set[str]) -> Parts:
     return parts
 
 
-def adapted_modules(tuned: Any, base: Base, parts: Mapping[type, Parts]) -> set[str]:
-    """The modules whose parameters hold an overlay of the method."""
-    held = {path for path, leaf in flatten(tuned) if any(type(x) in parts for x in layers(leaf))}
+def adapted_modules(tuned: Any, base: Base, format: Format) -> set[str]:
+    """The modules whose parameters hold an overlay of the method, which peft wraps."""
+    if not format.wraps:
+        return set()
+    held = {path for path, leaf in flatten(tuned) if any(type(x) in format.parts for x in layers(leaf))}
     return {spot.module for spot in base.spots.values() if spot.path in held and spot.is_kernel}
 
 

@@ -9,10 +9,10 @@ import jax
 from peftjax import method as methods
 from peftjax.flat import near, not_finite
 from peftjax.folders import replacing
-from peftjax.interop import peft_ia3, peft_lora
+from peftjax.interop import peft_ia3, peft_lora, peft_prompt
 from peftjax.interop.base import Base
 from peftjax.interop.config import CONFIG, about, read_options, read_page, write_page
-from peftjax.interop.formats import Format, adapted_modules, full_parts, saved_page, tables, untouched
+from peftjax.interop.formats import Format, Options, adapted_modules, full_parts, saved_page, tables, untouched
 from peftjax.interop.names import Names, spots
 from peftjax.interop.slots import Slot, fill, read_slots, slots
 from peftjax.interop.tensors import read_folder, write_tensors
@@ -24,7 +24,12 @@ from peftjax.roles import Roles
 from peftjax.tree import entries, map_layers, strip
 
 TENSORS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
-FORMATS: dict[str, Format] = {"LORA": peft_lora.FORMAT, "IA3": peft_ia3.FORMAT}
+FORMATS: dict[str, Format] = {
+    "LORA": peft_lora.FORMAT,
+    "IA3": peft_ia3.FORMAT,
+    "PROMPT_TUNING": peft_prompt.FORMAT,
+    "P_TUNING": peft_prompt.OF_NETWORKS,
+}
 
 
 class Read(NamedTuple):
@@ -67,7 +72,9 @@ def load(path: str | os.PathLike[str], params: Any, roles: Roles, names: Names =
         are admitted.
 
     Returns:
-      The tuned tree, on the buffers of `params`.
+      The tuned tree, on the buffers of `params`. With virtual tokens it runs through `peftjax.wrap_tokens`. Peft puts
+      prompts first in every model: `side="first"`; of BERT, whose pooler then reads the first of them, `check=False`.
+      Of P-tuning, files hold what the network put out: it is read as a prompt, and cannot train on as P-tuning.
 
     Raises:
       ValueError: lists everything in the folder that is damaged, unknown, not supported, or does not fit the model.
@@ -77,7 +84,7 @@ def load(path: str | os.PathLike[str], params: Any, roles: Roles, names: Names =
     file, tensors = read_folder(folder, TENSORS, PICKLE, pickles)
     with about(folder / CONFIG):
         tuned = found.method.init(jax.random.key(0), params, roles)
-    wanted = _slots(tuned, found.format, found.base)
+    wanted = _slots(tuned, found.format, found.base, found.options)
     beside = found.format.beside(found.options, found.base, params)
     prefixed = {found.format.prefix + name: value for name, value in beside.items()}
     return fill(tuned, wanted, tensors, prefixed, str(file))
@@ -98,9 +105,9 @@ def _read(folder: Path, params: Any, roles: Roles, names: Names) -> Read:
         return Read(format, options, base, methods.chain(*format.method(options, base)))
 
 
-def _slots(tuned: Any, format: Format, base: Base) -> list[Slot]:
-    parts = {**format.parts, Full: full_parts(adapted_modules(tuned, base, format.parts))}
-    return slots(tuned, base, parts, format.prefix)
+def _slots(tuned: Any, format: Format, base: Base, options: Options) -> list[Slot]:
+    parts = {**format.parts, Full: full_parts(adapted_modules(tuned, base, format))}
+    return format.placed(slots(tuned, base, parts, format.prefix), base, options)
 
 
 def save(
@@ -126,7 +133,7 @@ def save(
     if broken := not_finite((e.key, e.value) for e in entries(tuned) if e.trains):
         raise ValueError(f"not saved, for these hold a NaN or an infinity: {', '.join(broken)}. Did training diverge?")
     of = lambda kinds: [(p, x, base.at(p)) for p, leaf in flatten(tuned) for x in layers(leaf) if type(x) in kinds]
-    adapted = adapted_modules(tuned, base, format.parts)
+    adapted = adapted_modules(tuned, base, format)
     saved, held = saved_page(of([Full]), adapted, base, task_type)
     if lost := [f"{k}={v!r}" for k, v in saved.items() if k not in format.options and v not in (None, "none")]:
         raise ValueError(
@@ -134,7 +141,7 @@ def save(
         )
     saved = {key: value for key, value in saved.items() if key in format.options}
     page = {**format.page(of(format.parts), base), **saved, "task_type": task_type, "inference_mode": True}
-    tensors = read_slots(tuned, _slots(tuned, format, base))
+    tensors = read_slots(tuned, _slots(tuned, format, base, {}))
     leaves = dict(flatten(strip(tuned)))
     parts = full_parts(adapted)
     for spot in held:

@@ -16,12 +16,38 @@ from peftjax.tree import entries
 FLOATING = ("float32", "float16", "bfloat16")
 
 
+class Block(NamedTuple):
+    """The `place`-th of `of` equal parts of a tensor, cut along an axis."""
+
+    axis: int
+    place: int
+    of: int
+
+    def cut(self, tensor: Any) -> Any:
+        """That part."""
+        size = tensor.shape[self.axis] // self.of
+        part = slice(self.place * size, (self.place + 1) * size)
+        return tensor[(slice(None),) * self.axis + (part,)]
+
+
 class Slot(NamedTuple):
-    """One tensor of a file: its name, the array of the tree it is part of (`path/field`), and how it lies there."""
+    """A tensor of a file, or a part: its name, the tree's array it is part of (`path/field`), how it lies there."""
 
     name: str
     key: str
     layout: Layout
+    block: Block | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the whole tensor."""
+        if self.block is None:
+            return self.layout.shape
+        return tuple(n * self.block.of if k == self.block.axis else n for k, n in enumerate(self.layout.shape))
+
+    def cut(self, tensor: Any) -> Any:
+        """What the slot is of that tensor."""
+        return tensor if self.block is None else self.block.cut(tensor)
 
 
 class Part(NamedTuple):
@@ -72,8 +98,14 @@ def _slot(x: Overlay, spot: Spot, part: Part, key: str, prefix: str) -> Slot:
 
 def read_slots(tuned: Any, wanted: Iterable[Slot]) -> dict[str, np.ndarray]:
     """The tensors, from the tree."""
-    values = {e.key: e.value for e in entries(tuned)}
-    return {slot.name: slot.layout.read(values[slot.key]) for slot in wanted}
+    values, made = {e.key: e.value for e in entries(tuned)}, {}
+    for slot in wanted:
+        part = slot.layout.read(values[slot.key])
+        if slot.block is None:
+            made[slot.name] = part
+        else:
+            slot.cut(made.setdefault(slot.name, np.zeros(slot.shape, part.dtype)))[...] = part
+    return made
 
 
 def fill(
@@ -91,7 +123,7 @@ def fill(
     Raises:
       ValueError: lists every tensor that is missing, unknown, of another shape or type, not finite, or not equal.
     """
-    expected = {slot.name: slot.layout.shape for slot in wanted}
+    expected = {slot.name: slot.shape for slot in wanted}
     faults = [
         f"missing: {n} {_shape(s)} (nearest: {near(n, tensors)})" for n, s in expected.items() if n not in tensors
     ]
@@ -107,7 +139,7 @@ def fill(
     keys = {slot.key for slot in wanted}
     flat = {e.key: np.array(e.value) for e in entries(tuned) if e.key in keys}
     for slot in wanted:
-        slot.layout.write(flat[slot.key], tensors[slot.name].astype(np.float32))
+        slot.layout.write(flat[slot.key], slot.cut(tensors[slot.name]).astype(np.float32))
     return replaced(tuned, keys, flat)
 
 
