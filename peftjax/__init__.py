@@ -58,6 +58,10 @@ if TYPE_CHECKING:
     from peftjax.optim import layerwise as layerwise
     from peftjax.optim import lora_plus as lora_plus
     from peftjax.optim import train_only as train_only
+    from peftjax.training import TrainState as TrainState
+    from peftjax.training import TrainStep as TrainStep
+    from peftjax.training import make_train_step as make_train_step
+    from peftjax.training import train_state as train_state
 
 __version__ = "0.1.0"
 
@@ -65,6 +69,7 @@ __version__ = "0.1.0"
 _ON_USE = {
     **dict.fromkeys(("save", "load"), "peftjax.checkpoint"),
     **dict.fromkeys(("train_only", "groups", "lora_plus", "layerwise"), "peftjax.optim"),
+    **dict.fromkeys(("TrainState", "TrainStep", "make_train_step", "train_state"), "peftjax.training"),
 }
 
 

@@ -1,0 +1,116 @@
+"""The arithmetic of one train step: gradients over the parts of a batch, the optimizer, and a method's own hooks."""
+
+import dataclasses
+from typing import Any, Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from peftjax.method import Method
+from peftjax.microbatches import split
+from peftjax.switches import with_key
+from peftjax.tree import combine, partition
+
+Apply = Callable[..., Any]
+Loss = Callable[[Any, Any], tuple[Any, Mapping[str, Any]]]
+Sums = dict[str, Any]
+
+
+def advance(
+    apply: Apply,
+    loss: Loss,
+    tx: optax.GradientTransformation,
+    method: Method | None,
+    parts: int,
+    moving: Any,
+    frozen: Any,
+    batch: Any,
+) -> tuple[Any, Any, Sums]:
+    """One step of `peftjax.make_train_step`, whose arguments the first ones are.
+
+    Args:
+      moving: the `TrainState` without its frozen part.
+      frozen: that part.
+      batch: the batch, in `parts` parts.
+
+    Returns:
+      The next state without its frozen part, what the method has changed of that part (None for the rest), and the
+      metrics.
+    """
+    key = None if moving.key is None else jax.random.fold_in(moving.key, moving.step)
+    run = jax.value_and_grad(_total(apply, loss, frozen), has_aux=True)
+    sums, grads, model_state = _gradients(run, moving, batch, parts, key)
+    weight = sums["weight"]
+    grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
+    metrics = {name: value / weight for name, value in sums.items() if name != "weight"}
+    if method is not None and (penalty := method.penalty) is not None:
+        value, more = jax.value_and_grad(lambda t: penalty(combine(t, frozen)))(moving.trainable)
+        metrics["loss"], grads = metrics["loss"] + value, jax.tree.map(jnp.add, grads, more)
+    norm = optax.global_norm(grads)
+    updates, opt_state = tx.update(grads, moving.opt_state, moving.trainable)
+    trainable, changed = _updated(method, optax.apply_updates(moving.trainable, updates), frozen, grads, moving.step)
+
+    fine = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+    keep = lambda new, old: jax.tree.map(
+        lambda x, y: None if x is None else jnp.where(fine, x, y), new, old, is_leaf=_none
+    )
+    after = dataclasses.replace(
+        moving,
+        step=moving.step + 1,
+        trainable=keep(trainable, moving.trainable),
+        opt_state=keep(opt_state, moving.opt_state),
+        model_state=keep(model_state, moving.model_state),
+        skipped=moving.skipped + jnp.where(fine, 0, 1),
+        failing=jnp.where(fine, 0, moving.failing + 1),
+    )
+    return after, keep(changed, frozen), {**metrics, "grad_norm": norm, "weight": weight, "skipped": after.skipped}
+
+
+def _none(x: Any) -> bool:
+    return x is None
+
+
+def _total(apply: Apply, loss: Loss, frozen: Any) -> Callable[..., Any]:
+    """The loss of one part of a batch, by what trains; beside it the sums, and the model's state after it."""
+
+    def total(trainable: Any, model_state: Any, part: Any, key: Any) -> Any:
+        model, adapters = (None, None) if key is None else jax.random.split(key)
+        tuned = combine(trainable, frozen) if key is None else with_key(combine(trainable, frozen), adapters)
+        given = {"key": model, "model_state": model_state}
+        out = apply(tuned, part, **{name: x for name, x in given.items() if x is not None})
+        out, after = (out, None) if model_state is None else out
+        value, aux = loss(out, part)
+        sums = {"weight": 1.0, **aux, "loss": value}
+        return value, (jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), sums), after)
+
+    return total
+
+
+def _gradients(run: Callable[..., Any], moving: Any, batch: Any, parts: int, key: Any) -> tuple[Sums, Any, Any]:
+    """The sums over the parts of a batch, of the loss and what goes with it and of the gradients; the model's state."""
+    if parts == 1:
+        (_, (sums, model_state)), grads = run(moving.trainable, moving.model_state, batch, key)
+        return sums, grads, model_state
+
+    def add(carry: Any, part: Any) -> tuple[Any, None]:
+        number, sums, grads, model_state = carry
+        own = None if key is None else jax.random.fold_in(key, number)
+        (_, (more, model_state)), extra = run(moving.trainable, model_state, part, own)
+        return (number + 1, *jax.tree.map(jnp.add, (sums, grads), (more, extra)), model_state), None
+
+    batches = split(batch, parts)
+    first = jax.tree.map(lambda x: x[0], batches)
+    (_, (shapes, _)), _ = jax.eval_shape(run, moving.trainable, moving.model_state, first, key)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    start = (jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.zeros_like, moving.trainable), moving.model_state)
+    (_, sums, grads, model_state), _ = jax.lax.scan(add, start, batches)
+    return sums, grads, model_state
+
+
+def _updated(method: Method | None, trainable: Any, frozen: Any, grads: Any, step: Any) -> tuple[Any, Any]:
+    """What trains and, of the frozen part, what the method's own update has changed; None for the rest."""
+    if method is None or method.update is None:
+        return trainable, jax.tree.map(lambda _: None, frozen)
+    trainable, after = partition(method.update(combine(trainable, frozen), grads, step))
+    return trainable, jax.tree.map(lambda new, old: None if new is old else new, after, frozen)

@@ -1,0 +1,172 @@
+"""Where a base model lies on a mesh: by rules over paths, or by what Flax's own metadata say."""
+
+import math
+import re
+import sys
+import warnings
+from typing import Any, Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from peftjax.flat import near
+from peftjax.paths import flatten, path_of
+
+NNX_NAMES = ("out_sharding", "sharding_names", "sharding")  # by age of Flax, the newest first
+Rules = Sequence[tuple[str, PartitionSpec]]
+
+
+def make_mesh(axes: str, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh from its axes in words, such as "data:2,fsdp:2,model:2".
+
+    Args:
+      axes: names and sizes; one size may be -1, for all devices that are left.
+      devices: by default all that JAX has.
+
+    Returns:
+      The mesh, its axes Auto: the compiler chooses where results lie.
+
+    Raises:
+      ValueError: words that are no axes, a name twice, or sizes that do not multiply to the number of devices.
+
+    Example:
+      >>> dict(make_mesh("data:-1,model:1", jax.devices()[:1]).shape)
+      {'data': 1, 'model': 1}
+    """
+    found = np.asarray(jax.devices() if devices is None else devices)
+    pairs = re.findall(r"([A-Za-z_]\w*):(-?\d+)", axes)
+    if ",".join(f"{name}:{size}" for name, size in pairs) != axes.replace(" ", ""):
+        raise ValueError(f"mesh {axes!r}: expected names and sizes, as in 'data:2,model:4'")
+    names, sizes = [name for name, _ in pairs], [int(size) for _, size in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"mesh {axes!r} names an axis twice")
+    if sizes.count(-1) == 1 and (known := -math.prod(sizes)) > 0 and found.size % known == 0:
+        sizes[sizes.index(-1)] = found.size // known
+    if min(sizes, default=0) < 1 or math.prod(sizes) != found.size:
+        raise ValueError(
+            f"mesh {axes!r}: the sizes multiply to {math.prod(sizes)}, expected {found.size}, the number of devices"
+        )
+    return Mesh(found.reshape(sizes), names)
+
+
+def by_rules(rules: Rules, params: Any, mesh: Mesh) -> Any:
+    """The partition of every leaf of a base model, from rules over paths.
+
+    Args:
+      rules: pairs of a regex, fullmatched on a leaf's path, and a `PartitionSpec`; the first that matches wins. A leaf
+        that none matches is replicated.
+      params: the base's tree; shapes are enough.
+      mesh: the devices. An axis of a leaf that it does not divide is replicated, and a warning lists them all.
+
+    Returns:
+      A tree of `PartitionSpec`, for `peftjax.train_state`.
+
+    Raises:
+      ValueError: a rule that wins no leaf, an axis that the mesh does not have, or a spec of more entries than its
+        leaf has axes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> mesh = make_mesh("model:1", jax.devices()[:1])
+      >>> specs = by_rules([("w", PartitionSpec(None, "model"))], {"w": jnp.ones((2, 4)), "b": jnp.ones(4)}, mesh)
+      >>> tuple(specs["w"]), tuple(specs["b"])
+      ((None, 'model'), ())
+    """
+    for pattern, spec in rules:
+        _check_axes(f"rule {pattern!r}", spec, mesh)
+    paths = [path for path, _ in flatten(params)]
+    won = {path: next((rule for rule in rules if re.fullmatch(rule[0], path)), None) for path in paths}
+    if idle := [pattern for pattern, spec in rules if (pattern, spec) not in won.values()]:
+        lines = [f"{p!r} (nearest: {near(p, paths)})" for p in idle]
+        raise ValueError(f"these rules match no leaf, or only what one before took: {', '.join(lines)}")
+    spec_of = {path: PartitionSpec() if rule is None else rule[1] for path, rule in won.items()}
+    return _fitting([spec_of[path] for path in paths], params, mesh)
+
+
+def by_metadata(params: Any, mesh: Mesh, axes: Mapping[str, Any] | None = None) -> Any:
+    """The partition of every leaf of a base model, from its own metadata: `nn.Partitioned` boxes, NNX variables.
+
+    Args:
+      params: the base's tree, with its boxes.
+      mesh: as in `by_rules`.
+      axes: what the model's names of axes are on the mesh, as `{"embed": "fsdp", "mlp": "model"}`; names that are axes
+        of the mesh need no entry.
+
+    Returns:
+      A tree of `PartitionSpec` in the place of arrays, for `peftjax.train_state`.
+
+    Raises:
+      ValueError: no leaf has metadata, or a name that is no axis of the mesh, and has no entry in `axes`.
+
+    Example:
+      >>> import flax.linen as nn, jax.numpy as jnp
+      >>> mesh = make_mesh("model:1", jax.devices()[:1])
+      >>> specs = by_metadata({"w": nn.Partitioned(jnp.ones((2, 4)), (None, "mlp"))}, mesh, {"mlp": "model"})
+      >>> tuple(specs["w"].value)
+      (None, 'model')
+    """
+    boxes = jax.tree.leaves(params, is_leaf=_is_box)
+    if not any(map(_is_box, boxes)):
+        raise ValueError("no leaf says where it lies: expected `nn.Partitioned` boxes, or NNX variables with metadata")
+    said = lambda x: PartitionSpec(*(_named(name, mesh, axes or {}) for name in _names(x)))
+    return _fitting([said(x) for x in boxes for _ in jax.tree.leaves(x)], params, mesh)
+
+
+def _is_box(x: Any) -> bool:
+    return hasattr(x, "get_partition_spec") or (_nnx() is not None and isinstance(x, _nnx().Variable))
+
+
+def _nnx() -> Any:
+    """Flax's NNX where it has been imported: only then may a tree hold its variables."""
+    return getattr(sys.modules.get("flax"), "nnx", None)
+
+
+def _names(x: Any) -> tuple[Any, ...]:
+    if not _is_box(x):
+        return ()
+    if not hasattr(x, "get_metadata"):
+        return tuple(x.names)
+    metadata = x.get_metadata()
+    return tuple(next((metadata[name] for name in NNX_NAMES if metadata.get(name)), ()))
+
+
+def _named(name: Any, mesh: Mesh, axes: Mapping[str, Any]) -> Any:
+    if isinstance(name, (tuple, list)):
+        return tuple(_named(n, mesh, axes) for n in name)
+    if name is None or name in axes:
+        return axes.get(name) if name is not None else None
+    if name in mesh.axis_names:
+        return name
+    raise ValueError(
+        f"the model names an axis {name!r}, which the mesh ({', '.join(mesh.axis_names)}) does not have; give it one "
+        f"with axes={{{name!r}: ...}}, or None to replicate it"
+    )
+
+
+def _check_axes(where: str, spec: PartitionSpec, mesh: Mesh) -> None:
+    used = [name for entry in spec for name in ((entry,) if isinstance(entry, str) else entry or ())]
+    if unknown := [name for name in used if name not in mesh.axis_names]:
+        raise ValueError(f"{where}: the mesh has no axis {unknown[0]!r}; expected one of {', '.join(mesh.axis_names)}")
+
+
+def _fitting(specs: Sequence[PartitionSpec], params: Any, mesh: Mesh) -> Any:
+    """The specs in the place of arrays; an axis that the mesh does not divide is replicated, and said so."""
+    misfits: list[str] = []
+    leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+    made = [_fitted(path_of(where), x, spec, mesh, misfits) for (where, x), spec in zip(leaves, specs, strict=True)]
+    if misfits:
+        warnings.warn("replicated, for the mesh does not divide them: " + "; ".join(misfits), stacklevel=3)
+    return jax.tree.unflatten(tree, made)
+
+
+def _fitted(path: str, x: Any, spec: PartitionSpec, mesh: Mesh, misfits: list[str]) -> PartitionSpec:
+    if len(spec) > len(x.shape):
+        raise ValueError(f"{path}: {spec} has {len(spec)} entries, expected at most {len(x.shape)}, for {x.shape}")
+    entries = list(spec)
+    for k, entry in enumerate(entries):
+        ways = math.prod(mesh.shape[name] for name in ((entry,) if isinstance(entry, str) else entry or ()))
+        if x.shape[k] % ways:
+            misfits.append(f"{path}, axis {k} of {x.shape[k]}, over {entry!r} in {ways}")
+            entries[k] = None
+    return PartitionSpec(*entries)

@@ -1,0 +1,235 @@
+"""The train step: what moves, what stays, and one compiled function from one state to the next."""
+
+import dataclasses
+from typing import Any, Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from peftjax.advance import Loss, advance
+from peftjax.method import Method
+from peftjax.sharding import shardings
+from peftjax.state_layout import abstract, like_trainable, on, put
+from peftjax.tree import combine, partition
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a run is at one step.
+
+    Attributes:
+      step: how many batches have been seen, int32 ().
+      trainable: the first part of `peftjax.partition`.
+      frozen: the second part; a step reads it and never donates it.
+      model_state: what the model itself carries on (batch statistics, counts of a random stream), or None.
+      opt_state: the optimizer's state.
+      key: what dropout draws from, folded with `step` at every step, or None for none.
+      skipped: how many steps were left out, for a loss or a gradient that was not finite, int32 ().
+      failing: how many of the last steps, in a row, int32 ().
+    """
+
+    step: Any
+    trainable: Any
+    frozen: Any
+    model_state: Any
+    opt_state: Any
+    key: Any
+    skipped: Any
+    failing: Any
+
+    @property
+    def tuned(self) -> Any:
+        """The tuned tree."""
+        return combine(self.trainable, self.frozen)
+
+
+def train_state(
+    tuned: Any,
+    tx: optax.GradientTransformation,
+    *,
+    key: Any = None,
+    model_state: Any = None,
+    mesh: Mesh | None = None,
+    specs: Any = None,
+) -> TrainState:
+    """The state before the first step.
+
+    Args:
+      tuned: a tree with overlays, the same on every process. Abstract arrays make an abstract state, for
+        `TrainStep.lower`.
+      tx: the optimizer of what trains; it never sees a frozen array, so clipping and decay take none into account.
+      key: a PRNG key for dropout; None for none.
+      model_state: what the model carries from step to step; replicated on the mesh unless it lies there already.
+      mesh: the devices; None leaves every array where it is.
+      specs: the partition of the base on the mesh, as `peftjax.sharding.specs` reads it: see `peftjax.sharding_rules`.
+        Overlay fields and the optimizer's state follow it.
+
+    Returns:
+      The state. What trains is copied, for a step donates its buffers, and the caller's are not ours to give.
+
+    Raises:
+      ValueError: nothing trains, or specs without a mesh.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, peftjax as pj
+      >>> tuned = pj.unfreeze("b").init(jax.random.key(0), {"b": jnp.ones(2), "w": jnp.ones((2, 2))})
+      >>> state = pj.train_state(tuned, optax.adam(1e-3))
+      >>> int(state.step), state.trainable["w"], state.frozen["w"] is tuned["w"]
+      (0, None, True)
+    """
+    trainable, frozen = partition(tuned)
+    if not jax.tree.leaves(trainable):
+        raise ValueError("nothing in this tree trains: it holds no overlay, or all of them are locked")
+    if specs is not None and mesh is None:
+        raise ValueError("specs say where arrays lie on a mesh; expected `mesh=` beside them")
+    trainable = jax.tree.map(lambda x: x if abstract(x) else jnp.array(x, copy=True), trainable)
+    counts = {name: jnp.zeros((), jnp.int32) for name in ("step", "skipped", "failing")}
+    rest = {"model_state": model_state, "key": key, **counts}
+    rest = jax.tree.map(lambda x: x if abstract(x) else jnp.array(x, copy=True), rest)
+    if mesh is None:
+        return TrainState(trainable=trainable, frozen=frozen, opt_state=_start(tx, trainable, None), **rest)
+    lies = partition(shardings(tuned, mesh, specs))
+    trainable, frozen = jax.tree.map(put, trainable, lies[0]), jax.tree.map(put, frozen, lies[1])
+    return TrainState(
+        trainable=trainable,
+        frozen=frozen,
+        opt_state=_start(tx, trainable, mesh),
+        **{name: jax.tree.map(lambda x: x if on(mesh, x) else put(x, _whole(mesh)), v) for name, v in rest.items()},
+    )
+
+
+def _start(tx: optax.GradientTransformation, trainable: Any, mesh: Mesh | None) -> Any:
+    shapes = jax.eval_shape(tx.init, trainable)
+    lies = None if mesh is None else like_trainable(shapes, trainable, _whole(mesh))
+    if any(map(abstract, jax.tree.leaves(trainable))):
+        return shapes if lies is None else jax.tree.map(put, shapes, lies)
+    return jax.jit(tx.init, out_shardings=lies)(trainable)
+
+
+def _whole(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def make_train_step(
+    apply: Callable[..., Any],
+    loss: Loss,
+    tx: optax.GradientTransformation,
+    mesh: Mesh | None = None,
+    *,
+    method: Method | None = None,
+    accumulate: int = 1,
+    batch_axes: Sequence[str] = ("data", "fsdp"),
+) -> "TrainStep":
+    """Makes `step(state, batch) -> (state, metrics)`, compiled once: gradients of what trains, and the optimizer.
+
+    `g = sum_k grad total_k / sum_k weight_k + grad penalty` over `accumulate` parts of the batch, one after the other.
+    A step whose loss or gradient is not finite changes nothing but its counts.
+
+    Args:
+      apply: `apply(tuned, batch)`, the wrapped model. Where the state has a key, it is given `key=`; where the state
+        has a model state, it is given `model_state=` and returns `(outputs, model_state)`.
+      loss: `loss(outputs, batch) -> (value, aux)`. With `aux["weight"]`, the number of examples or tokens that count,
+        value and the rest of aux are sums over these; without it they are means, of parts that weigh the same.
+      tx: the optimizer.
+      mesh: the devices that the state lies on; None for a state of one device.
+      method: the method that made the tree: its `penalty` is added to the loss, its `update` runs after the optimizer.
+      accumulate: into how many parts the batch is cut; 1 for none.
+      batch_axes: the axes of the mesh over which the examples are split, of those that the mesh has.
+
+    Returns:
+      The step. It donates what trains, the optimizer's state and the model's; the frozen part stays. `metrics` are
+      `loss`, `grad_norm`, the weighted means of aux, `weight`, and `skipped`: scalars, equal on all devices.
+
+    Raises:
+      ValueError: fewer than one part; when it is called, examples that the parts and the mesh do not divide, or a
+        state that does not lie on the mesh.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, peftjax as pj
+      >>> tuned = pj.unfreeze("b").init(jax.random.key(0), {"b": jnp.ones(2), "w": jnp.ones((2, 2))})
+      >>> apply = pj.wrap(lambda params, batch: batch["x"] @ params["w"] + params["b"])
+      >>> tx = optax.sgd(0.1)
+      >>> step = pj.make_train_step(apply, lambda y, batch: ((y**2).mean(), {}), tx)
+      >>> state, metrics = step(pj.train_state(tuned, tx), {"x": jnp.ones((4, 2))})
+      >>> print(metrics["loss"], state.tuned["b"].value)
+      9.0 [0.7 0.7]
+    """
+    if accumulate < 1:
+        raise ValueError(f"accumulate={accumulate}: expected 1 or more parts of a batch")
+    axes = () if mesh is None else tuple(name for name in batch_axes if name in mesh.axis_names)
+    return TrainStep(apply, loss, tx, mesh, method, accumulate, axes)
+
+
+@dataclasses.dataclass(eq=False)
+class TrainStep:
+    """A compiled step from one `TrainState` to the next, as `make_train_step` makes it."""
+
+    apply: Callable[..., Any]
+    loss: Loss
+    tx: optax.GradientTransformation
+    mesh: Mesh | None
+    method: Method | None
+    accumulate: int
+    batch_axes: tuple[str, ...]
+    _jitted: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
+
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+        """The next state, and the metrics of this batch."""
+        moving, frozen, batch = self._arguments(state, batch)
+        moving, changed, metrics = self._compiled(moving, frozen, batch)(moving, frozen, batch)
+        kept = jax.tree.map(lambda new, old: old if new is None else new, changed, frozen, is_leaf=lambda x: x is None)
+        return dataclasses.replace(moving, frozen=kept), metrics
+
+    def lower(self, state: TrainState, batch: Any) -> Any:
+        """The step lowered for these types, `jax.stages.Lowered`: its `compile()` tells what it costs and holds."""
+        arguments = self._arguments(state, batch)
+        return self._compiled(*arguments).lower(*arguments)
+
+    def place(self, batch: Any) -> Any:
+        """The batch on the mesh, its examples (axis 0) split over `batch_axes`; from each process its own share."""
+        mesh = self.mesh
+        return batch if mesh is None else jax.tree.map(lambda x: self._placed(x, mesh), batch)
+
+    def _placed(self, x: Any, mesh: Mesh) -> Any:
+        lies = NamedSharding(mesh, PartitionSpec(self.batch_axes) if np.ndim(x) else PartitionSpec())
+        if abstract(x):
+            return put(x, lies)
+        return x if on(mesh, x) else jax.make_array_from_process_local_data(lies, np.asarray(x))
+
+    def _arguments(self, state: TrainState, batch: Any) -> tuple[Any, Any, Any]:
+        self._check(batch)
+        return dataclasses.replace(state, frozen=None), state.frozen, self.place(batch)
+
+    def _check(self, batch: Any) -> None:
+        processes = 1 if self.mesh is None else len({d.process_index for d in self.mesh.devices.flat})
+        ways = 1 if self.mesh is None else int(np.prod([self.mesh.shape[name] for name in self.batch_axes], dtype=int))
+        for where, x in jax.tree_util.tree_leaves_with_path(batch):
+            local = self.mesh is not None and not on(self.mesh, x) and not abstract(x)
+            examples = x.shape[0] * (processes if local else 1) if np.ndim(x) else 0
+            if examples % (self.accumulate * ways):
+                raise ValueError(
+                    f"batch{jax.tree_util.keystr(where)} holds {examples} examples, expected a multiple of "
+                    f"{self.accumulate * ways}: {self.accumulate} parts over {ways} devices of the axes {self.batch_axes}"
+                )
+
+    def _compiled(self, moving: Any, frozen: Any, batch: Any) -> Any:
+        if self.mesh is None:
+            return self._jitted.setdefault(None, jax.jit(self._advance, donate_argnums=0))
+        if strays := [x for x in jax.tree.leaves((moving, frozen)) if not on(self.mesh, x)]:
+            raise ValueError(
+                f"{len(strays)} arrays of the state do not lie on the mesh of this step ({self.mesh}); expected a state "
+                "of `train_state(..., mesh=mesh)`"
+            )
+        lies = jax.tree.map(lambda x: x.sharding, (moving, frozen, batch))
+        key = (jax.tree.structure(lies), tuple(jax.tree.leaves(lies)))
+        if key not in self._jitted:
+            out = (lies[0], None, _whole(self.mesh))
+            self._jitted[key] = jax.jit(self._advance, in_shardings=lies, out_shardings=out, donate_argnums=0)
+        return self._jitted[key]
+
+    def _advance(self, moving: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, Any, dict[str, Any]]:
+        return advance(self.apply, self.loss, self.tx, self.method, self.accumulate, moving, frozen, batch)

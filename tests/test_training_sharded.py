@@ -1,0 +1,280 @@
+"""The train step on eight devices: as on one, and nothing of the base is gathered, copied or donated for it."""
+
+import functools
+import re
+import warnings
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import peftjax as pj
+import pytest
+from flax import nnx
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from peftjax.sharding_rules import by_metadata, by_rules, make_mesh
+
+pytestmark = pytest.mark.third_party  # optax's own promotions
+KEY = jax.random.key(0)
+RULES = [
+    (".*/up/kernel", P("fsdp", "model")),
+    (".*/up/bias", P("model")),
+    (".*/down/kernel", P("model", "fsdp")),
+    ("embed/embedding", P("model", "fsdp")),
+    ("head/kernel", P("fsdp", "model")),
+]
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        h = nn.LayerNorm()(x)
+        return x + nn.Dense(x.shape[-1], name="down")(nn.gelu(nn.Dense(32, name="up")(h)))
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, ids):
+        x = nn.Embed(24, 16, name="embed")(ids)  # (B, T, D)
+        for k in range(2):
+            x = Block(name=f"block_{k}")(x)
+        return nn.Dense(24, use_bias=False, name="head")(x)
+
+
+def batch_of(seed=0, n=16):
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, 24, (n, 6)).astype(np.int32)
+    return {"ids": ids, "mask": (rng.random((n, 6)) < 0.7).astype(np.float32)}
+
+
+def token_loss(logits, batch):
+    each = optax.softmax_cross_entropy_with_integer_labels(logits, batch["ids"]) * batch["mask"]
+    return each.sum(), {"weight": batch["mask"].sum()}
+
+
+METHODS = {"lora": pj.lora(rank=4, alpha=8), "dora": pj.dora(rank=4), "full": pj.full()}
+
+
+@functools.cache
+def made(method):
+    model = Net()
+    params = model.init(KEY, batch_of()["ids"])["params"]
+    fn = lambda params, batch: model.apply({"params": params}, batch["ids"])
+    return *pj.attach(METHODS[method], fn, params, batch_of(), key=KEY), fn
+
+
+def losses(step, state, steps=4):
+    found = []
+    for seed in range(steps):
+        state, metrics = step(state, batch_of(seed))
+        found.append(float(metrics["loss"]))
+    return found, state
+
+
+@functools.cache
+def alone(method):
+    apply, tuned, _ = made(method)
+    tx = optax.adamw(1e-2)
+    return losses(pj.make_train_step(apply, token_loss, tx), pj.train_state(tuned, tx))
+
+
+def started(method, mesh, tx):
+    tuned = made(method)[1]
+    return pj.train_state(tuned, tx, mesh=mesh, specs=by_rules(RULES, pj.strip(tuned), mesh))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("method", METHODS)
+def test_eight_devices_give_what_one_gives(method, accumulate):
+    mesh, tx = make_mesh("data:2,fsdp:2,model:2"), optax.adamw(1e-2)
+    step = pj.make_train_step(made(method)[0], token_loss, tx, mesh, accumulate=accumulate)
+    found, state = losses(step, started(method, mesh, tx))
+    np.testing.assert_allclose(found, alone(method)[0], rtol=1e-5)
+    for x, y in zip(jax.tree.leaves(state.trainable), jax.tree.leaves(alone(method)[1].trainable), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5)
+
+
+def test_fields_and_moments_lie_as_their_base_and_stay_there():
+    mesh, tx = make_mesh("data:2,fsdp:2,model:2"), optax.adamw(1e-2)
+    state = started("lora", mesh, tx)
+    step = pj.make_train_step(made("lora")[0], token_loss, tx, mesh)
+    for state in (state, losses(step, state, 1)[1]):
+        adam = state.opt_state[0]
+        for tree in (state.trainable, adam.mu, adam.nu):
+            x = tree["block_0"]["up"]["kernel"]
+            assert x.a.sharding.spec == P("fsdp", None) and x.b.sharding.spec == P(None, "model")
+        assert state.frozen["block_0"]["up"]["kernel"].base.sharding.spec == P("fsdp", "model")
+        assert adam.count.sharding.spec == P()
+
+
+def test_under_set_mesh():
+    mesh, tx = make_mesh("data:4,model:2"), optax.adamw(1e-2)
+    apply, tuned, _ = made("lora")
+    with jax.set_mesh(mesh):
+        specs = by_rules([(".*/up/kernel", P(None, "model"))], pj.strip(tuned), mesh)
+        state = pj.train_state(tuned, tx, mesh=mesh, specs=specs)
+        found, _ = losses(pj.make_train_step(apply, token_loss, tx, mesh), state)
+    np.testing.assert_allclose(found, alone("lora")[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_explicit_axes(accumulate):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    params = {"up": jnp.ones((4, 8)) / 4, "down": jnp.ones((8, 2)) / 8}
+    whole = lambda y: (
+        jax.sharding.reshard(y, P("data", None)) if "data" in jax.sharding.get_abstract_mesh().shape else y
+    )
+    fn = lambda params, batch: whole(jnp.tanh(batch["x"] @ params["up"])) @ params["down"]
+    x = np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32)
+    loss, tx = lambda y, batch: ((y**2).mean(), {}), optax.adam(1e-2)
+    apply, tuned = pj.attach(pj.lora(rank=2, targets=".*"), fn, params, {"x": x}, key=KEY)
+    plain, _ = pj.make_train_step(apply, loss, tx)(pj.train_state(tuned, tx), {"x": x})
+    with jax.set_mesh(mesh):
+        specs = {"up": P(None, "model"), "down": P()}
+        state = pj.train_state(tuned, tx, mesh=mesh, specs=specs)
+        state, _ = pj.make_train_step(apply, loss, tx, mesh, accumulate=accumulate)(state, {"x": x})
+    for got, want in zip(jax.tree.leaves(state.trainable), jax.tree.leaves(plain.trainable), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+
+
+def collectives(compiled, kind):
+    """The bytes of each collective of a kind in a compiled program."""
+    sizes = {"f32": 4, "bf16": 2, "s32": 4, "pred": 1, "u32": 4}
+    found = []
+    for line in compiled.as_text().splitlines():
+        if (made := re.search(rf"= (.*?) {kind}(?:-start)?\(", line)) is not None:
+            shapes = re.findall(r"(\w+)\[([\d,]*)\]", made[1])
+            found += [sizes[t] * int(np.prod([int(n) for n in dims.split(",") if n])) for t, dims in shapes]
+    return found
+
+
+def lowered(method, mesh, tx=optax.adamw(1e-2)):
+    step = pj.make_train_step(made(method)[0], token_loss, tx, mesh)
+    return step.lower(started(method, mesh, tx), batch_of()).compile()
+
+
+def test_no_weight_of_the_base_is_gathered_that_the_base_does_not_gather():
+    mesh = make_mesh("data:4,model:2")
+    tuned, fn = made("lora")[1:]
+    specs = by_rules([(".*/up/kernel", P(None, "model")), (".*/down/kernel", P("model", None))], pj.strip(tuned), mesh)
+    tx = optax.adamw(1e-2)
+    state = pj.train_state(tuned, tx, mesh=mesh, specs=specs)
+    step = pj.make_train_step(made("lora")[0], token_loss, tx, mesh)
+    gathered = collectives(step.lower(state, batch_of()).compile(), "all-gather")
+    batch = step.place(batch_of())
+    base = jax.jit(fn).lower(pj.strip(state.tuned), batch).compile()
+    kernel = 16 * 32 * 4
+    assert collectives(base, "all-gather") == []
+    assert all(size < kernel / 2 for size in gathered), gathered
+
+
+def test_reduced_bytes_follow_what_trains():
+    mesh, tx = make_mesh("data:8"), optax.sgd(1e-2)
+
+    def reduced(method):
+        apply, tuned, _ = made(method)
+        state = pj.train_state(tuned, tx, mesh=mesh)
+        step = pj.make_train_step(apply, token_loss, tx, mesh)
+        return sum(collectives(step.lower(state, batch_of()).compile(), "all-reduce")), pj.count(tuned).trainable * 4
+
+    for method in ("lora", "full"):
+        found, trained = reduced(method)
+        assert trained <= found <= 1.05 * trained + 64, (method, found, trained)
+
+
+def test_frozen_arrays_are_neither_donated_nor_copied():
+    mesh = make_mesh("data:2,fsdp:2,model:2")
+    tx = optax.sgd(1e-2)
+    state = started("lora", mesh, tx)
+    frozen = jax.tree.leaves(state.frozen)
+    moving = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves((state.trainable, state.opt_state)))
+    _, after = losses(pj.make_train_step(made("lora")[0], token_loss, tx, mesh), state, 1)
+    assert all(x is y for x, y in zip(jax.tree.leaves(after.frozen), frozen, strict=True))
+    memory = lowered("lora", mesh, tx).memory_analysis()
+    assert memory.output_size_in_bytes < moving + 256 + 8 * len(jax.tree.leaves(state.trainable))
+
+
+def test_where_an_axis_does_not_divide_it_is_replicated_and_said_so():
+    mesh = make_mesh("data:1,model:8")
+    params = {"w": jnp.ones((6, 16)), "v": jnp.ones((16, 6))}
+    with pytest.warns(UserWarning, match="v, axis 1 of 6, over 'model' in 8"):
+        specs = by_rules([(".*", P(None, "model"))], params, mesh)
+    assert specs == {"w": P(None, "model"), "v": P(None, None)}
+
+
+def test_metadata_of_linen_and_nnx():
+    mesh = make_mesh("data:4,model:2")
+    boxed = nn.Dense(8, kernel_init=nn.with_partitioning(nn.initializers.ones, (None, "mlp")))
+    params = boxed.init(KEY, jnp.ones((1, 4)))["params"]
+    specs = by_metadata(params, mesh, {"mlp": "model"})
+    assert specs["kernel"].value == P(None, "model") and specs["bias"] == P()
+    _, tuned = pj.attach(
+        pj.lora(rank=2, targets="kernel"), lambda p, x: boxed.apply({"params": p}, x), params, jnp.ones((8, 4)), key=KEY
+    )
+    state = pj.train_state(tuned, optax.sgd(0.1), mesh=mesh, specs=specs)
+    assert state.trainable["kernel"].value.b.sharding.spec == P(None, "model")
+
+    init = nnx.with_partitioning(nnx.initializers.ones, (None, "model"))
+    with warnings.catch_warnings(), jax.set_mesh(mesh):
+        warnings.simplefilter("ignore", DeprecationWarning)
+        graphdef, state = nnx.split(nnx.Linear(4, 8, kernel_init=init, rngs=nnx.Rngs(0)))
+    specs = by_metadata(state, mesh)
+    assert jax.tree.leaves(specs["kernel"], is_leaf=lambda x: isinstance(x, P)) == [P(None, "model")]
+    fn = lambda params, x: nnx.merge(graphdef, params)(x)
+    _, tuned = pj.attach(pj.lora(rank=2, targets="kernel"), fn, state, jnp.ones((8, 4)), key=KEY)
+    placed = pj.train_state(tuned, optax.sgd(0.1), mesh=mesh, specs=specs)
+    fields = {name: x for name, x in pj.extract(placed.tuned).items()}
+    assert fields["kernel/b"].sharding.spec == P(None, "model")
+
+
+@pytest.mark.parametrize(
+    "axes,words",
+    [
+        ("data:3,model:2", ("multiply to 6", "expected 8")),
+        ("data:2,data:4", ("names an axis twice",)),
+        ("data=2", ("expected names and sizes",)),
+        ("data:-1,model:3", ("expected 8",)),
+    ],
+)
+def test_a_mesh_that_is_none(axes, words):
+    with pytest.raises(ValueError) as error:
+        make_mesh(axes)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_rules_that_are_wrong_are_named():
+    mesh = make_mesh("data:8")
+    params = {"up": {"kernel": jnp.ones((2, 8))}}
+    with pytest.raises(ValueError, match="no axis 'model'; expected one of data"):
+        by_rules([(".*", P("model"))], params, mesh)
+    with pytest.raises(ValueError, match=r"'up/kernle' \(nearest: up/kernel\)"):
+        by_rules([("up/kernle", P("data"))], params, mesh)
+    with pytest.raises(ValueError, match="has 3 entries, expected at most 2"):
+        by_rules([(".*", P(None, None, "data"))], params, mesh)
+    with pytest.raises(ValueError, match="no leaf says where it lies"):
+        by_metadata(params, mesh)
+    with pytest.raises(ValueError, match="names an axis 'mlp', which the mesh"):
+        by_metadata({"w": nn.Partitioned(jnp.ones((2, 8)), (None, "mlp"))}, mesh)
+
+
+def test_a_batch_and_a_state_that_do_not_fit_the_mesh():
+    mesh, tx = make_mesh("data:8"), optax.sgd(0.1)
+    apply, tuned, _ = made("lora")
+    step = pj.make_train_step(apply, token_loss, tx, mesh)
+    with pytest.raises(ValueError, match="holds 4 examples, expected a multiple of 8"):
+        step(pj.train_state(tuned, tx, mesh=mesh), batch_of(n=4))
+    with pytest.raises(ValueError, match="do not lie on the mesh"):
+        step(pj.train_state(tuned, tx), batch_of())
+
+
+def test_an_abstract_state_lowers():
+    mesh, tx = make_mesh("data:2,fsdp:2,model:2"), optax.adamw(1e-2)
+    apply, tuned, _ = made("lora")
+    shapes = jax.eval_shape(lambda: tuned)
+    state = pj.train_state(shapes, tx, mesh=mesh, specs=by_rules(RULES, pj.strip(shapes), mesh))
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch_of())
+    memory = pj.make_train_step(apply, token_loss, tx, mesh).lower(state, batch).compile().memory_analysis()
+    real = lowered("lora", mesh).memory_analysis()
+    assert memory.argument_size_in_bytes == real.argument_size_in_bytes
