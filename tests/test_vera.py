@@ -105,3 +105,18 @@ def test_what_it_refuses():
     roles = Roles({"w": Role("linear", "?o", 0, ("dot_general",))})
     with pytest.raises(ValueError, match="w has axes '\\?o'; expected a kernel"):
         pj.vera(rank=1, targets="w").init(KEY, {"w": DOWN}, roles)
+
+
+def test_dropout_drops_what_a_reads():
+    """y = x W + x' A diag(d) B diag(b): each entry of x' is that of x, twice or not at all."""
+    x = np.ones((1, 4), np.float32)
+    tuned = pj.vera(rank=2, dropout=0.5, targets="w").init(KEY, {"w": DOWN})
+    tuned = pj.insert(tuned, {"w/d": np.array([2, -1], np.float32), "w/b": np.array([1, 3, 0.5], np.float32)})
+    apply, change = pj.wrap(lambda p, x: x @ p["w"]), np.asarray(pj.merge(tuned)["w"]) - DOWN
+    dropped = [np.where([b == "1" for b in f"{n:04b}"], 2.0, 0.0) for n in range(16)]
+    for seed in range(5):
+        got = apply(pj.with_key(tuned, jax.random.key(seed)), x)
+        assert min(np.abs(got - (x @ DOWN + d[None] @ change)).max() for d in dropped) < 1e-4
+    np.testing.assert_allclose(apply(tuned, x), x @ (DOWN + change), rtol=1e-5)
+    with pytest.raises(ValueError, match="dropout is a rate in"):
+        pj.vera(dropout=1.0)

@@ -160,6 +160,19 @@ def read_options(page: Mapping[str, Any], known: Mapping[str, Option], where: st
     return {key: page.get(key, option.default) for key, option in known.items()}
 
 
+# What every method of peft says of the modules that it adapts.
+TARGETS = {
+    "target_modules": names(needed=True),
+    "exclude_modules": names(),
+    "layers_to_transform": wholes(),
+    "layers_pattern": names(),
+    "modules_to_save": listed(),
+}
+# Values by the ends of modules' names.
+RANKS = table(lambda x: is_whole(x) and x > 0, "positive integers")
+ALPHAS = table(is_number, "numbers")
+
+
 def write_page(path: Path, page: Mapping[str, Any]) -> None:
     """Writes a configuration as peft does: sorted keys, two spaces."""
     path.write_text(json.dumps(page, indent=2, sort_keys=True))

@@ -1,6 +1,7 @@
 """What a method of Hugging Face peft is to the reader and the writer, and what all of them share."""
 
 import dataclasses
+import math
 from typing import Any, Callable, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -39,6 +40,7 @@ class Format:
       plain: by type of overlay, the same overlay as peft's files can hold it.
       wraps: whether peft wraps the modules that it adapts, and then names their own tensors as in `base_layer`.
       placed: the slots under the names, and in the parts of tensors, that the files have.
+      only: what `bias` is where the biases of adapted modules train, and no others.
     """
 
     options: Mapping[str, Option]
@@ -50,6 +52,7 @@ class Format:
     plain: Mapping[type, Callable[[Any], Any]] = dataclasses.field(default_factory=dict)
     wraps: bool = True
     placed: Callable[[list[Slot], Base, Options], list[Slot]] = lambda slots, base, options: slots
+    only: str = "lora_only"
 
 
 def trained_whole(options: Options, base: Base, kernels: Sequence[Spot]) -> list[Method]:
@@ -98,6 +101,23 @@ def tables(base: Base, adapted: Iterable[str]) -> list[Spot]:
     return [spot for spot in kernels if spot.module.rpartition(".")[2] in TABLES]
 
 
+def copies(options: Options, base: Base, params: Any) -> dict[str, Any]:
+    """What peft saves beside its updates: the base's tables, and the biases that it lists a second time."""
+    leaves = dict(flatten(params))
+    kernels = base.kernels(options)
+    copied = [*tables(base, [spot.module for spot in kernels]), *(s for s in kernels if s.role.op == "embedding")]
+    found: dict[str, Any] = {spot.of_module("base_layer.weight"): untouched(spot, leaves) for spot in copied}
+    if options.get("bias") == "all":
+        for spot in base.saved(options["modules_to_save"]):
+            found |= {spot.of_module(f"{copy}.bias"): None for copy in ("original_module", "modules_to_save")}
+    return found
+
+
+def neat(x: float) -> int | float:
+    """A number that is whole to rounding, as an integer."""
+    return round(x) if math.isclose(x, round(x), rel_tol=1e-6) else x
+
+
 def untouched(spot: Spot, params: Mapping[str, Any]) -> np.ndarray:
     """The tensor of a parameter as the base has it."""
     value = np.asarray(materialise(params[spot.path])).astype(np.float32)
@@ -105,7 +125,7 @@ def untouched(spot: Spot, params: Mapping[str, Any]) -> np.ndarray:
 
 
 def saved_page(
-    full: Sequence[Tuned], adapted: set[str], base: Base, task_type: str | None
+    full: Sequence[Tuned], adapted: set[str], base: Base, task_type: str | None, only: str
 ) -> tuple[dict[str, Any], list[Spot]]:
     """What the configuration says of leaves that are trained themselves, and the parameters that a file then holds.
 
@@ -129,7 +149,7 @@ def saved_page(
     if task_type in ("SEQ_CLS", "TOKEN_CLS"):
         modules |= {spot.module for spot in base.saved(HEADS)}
     held = [s for s in base.spots.values() if s.module in modules or (inside and is_bias(s) and s.module in adapted)]
-    return _page("lora_only" if inside else "none", modules, base), held
+    return _page(only if inside else "none", modules, base), held
 
 
 def _page(bias: str, modules: set[str], base: Base) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import jax
 from peftjax import method as methods
 from peftjax.flat import near, not_finite
 from peftjax.folders import replacing
-from peftjax.interop import peft_ia3, peft_lora, peft_prompt
+from peftjax.interop import peft_ia3, peft_loha, peft_lora, peft_prompt, peft_vera
 from peftjax.interop.base import Base
 from peftjax.interop.config import CONFIG, about, read_options, read_page, write_page
 from peftjax.interop.formats import Format, Options, adapted_modules, full_parts, saved_page, tables, untouched
@@ -29,6 +29,8 @@ FORMATS: dict[str, Format] = {
     "IA3": peft_ia3.FORMAT,
     "PROMPT_TUNING": peft_prompt.FORMAT,
     "P_TUNING": peft_prompt.OF_NETWORKS,
+    "LOHA": peft_loha.FORMAT,
+    "VERA": peft_vera.FORMAT,
 }
 
 
@@ -134,7 +136,7 @@ def save(
         raise ValueError(f"not saved, for these hold a NaN or an infinity: {', '.join(broken)}. Did training diverge?")
     of = lambda kinds: [(p, x, base.at(p)) for p, leaf in flatten(tuned) for x in layers(leaf) if type(x) in kinds]
     adapted = adapted_modules(tuned, base, format)
-    saved, held = saved_page(of([Full]), adapted, base, task_type)
+    saved, held = saved_page(of([Full]), adapted, base, task_type, format.only)
     if lost := [f"{k}={v!r}" for k, v in saved.items() if k not in format.options and v not in (None, "none")]:
         raise ValueError(
             f"peft's files of this method cannot say {', '.join(lost)}: leaves that are trained themselves"

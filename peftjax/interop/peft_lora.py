@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from peftjax.interop import config
 from peftjax.interop.base import Base, regex
-from peftjax.interop.formats import Format, Options, Tuned, tables, trained_whole, untouched
+from peftjax.interop.formats import Format, Options, Tuned, copies, neat, trained_whole
 from peftjax.interop.layout import window
 from peftjax.interop.match import pattern_value, patterns_of, targets_of
 from peftjax.interop.names import Spot
@@ -16,22 +16,14 @@ from peftjax.interop.slots import Part, constant
 from peftjax.method import Method
 from peftjax.methods.dora import DoRA, dora
 from peftjax.methods.lora import LoRA, lora
-from peftjax.paths import flatten
 
-TARGETS = {
-    "target_modules": config.names(needed=True),
-    "exclude_modules": config.names(),
-    "layers_to_transform": config.wholes(),
-    "layers_pattern": config.names(),
-    "modules_to_save": config.listed(),
-}
 OPTIONS = {
-    **TARGETS,
+    **config.TARGETS,
     "r": config.whole(8, least=1),
     "lora_alpha": config.number(8),
     "lora_dropout": config.number(0.0),
-    "rank_pattern": config.table(lambda x: config.is_whole(x) and x > 0, "positive integers"),
-    "alpha_pattern": config.table(config.is_number, "numbers"),
+    "rank_pattern": config.RANKS,
+    "alpha_pattern": config.ALPHAS,
     "use_rslora": config.flag(False),
     "use_dora": config.flag(False),
     "bias": config.one_of("none", "none", "all", "lora_only"),
@@ -110,18 +102,6 @@ def parts(x: Any, spot: Spot) -> Iterator[Part]:
         yield Part("m", spot.of_module("lora_magnitude_vector"), (1, "o", *size) if op == "conv" else ("o",))
 
 
-def beside(options: Options, base: Base, params: Any) -> dict[str, Any]:
-    """The base's tables, and the biases that peft lists a second time."""
-    leaves = dict(flatten(params))
-    kernels = base.kernels(options)
-    copied = [*tables(base, [spot.module for spot in kernels]), *(s for s in kernels if s.role.op == "embedding")]
-    found: dict[str, Any] = {spot.of_module("base_layer.weight"): untouched(spot, leaves) for spot in copied}
-    if options["bias"] == "all":
-        for spot in base.saved(options["modules_to_save"]):
-            found |= {spot.of_module(f"{copy}.bias"): None for copy in ("original_module", "modules_to_save")}
-    return found
-
-
 def ranks(tuned: Sequence[Tuned]) -> dict[str, tuple[int, float]]:
     """The rank and the scale of each module."""
     found = {}
@@ -138,8 +118,8 @@ def rank_page(found: dict[str, tuple[int, float]]) -> dict[str, Any]:
 
     `alpha / sqrt(r)` is chosen where it alone makes every alpha a whole number.
     """
-    plain = {module: _neat(scale * rank) for module, (rank, scale) in found.items()}
-    rooted = {module: _neat(scale * math.sqrt(rank)) for module, (rank, scale) in found.items()}
+    plain = {module: neat(scale * rank) for module, (rank, scale) in found.items()}
+    rooted = {module: neat(scale * math.sqrt(rank)) for module, (rank, scale) in found.items()}
     whole = lambda alphas: all(isinstance(alpha, int) for alpha in alphas.values())
     rslora = whole(rooted) and not whole(plain)
     alphas = rooted if rslora else plain
@@ -151,10 +131,6 @@ def rank_page(found: dict[str, tuple[int, float]]) -> dict[str, Any]:
         "alpha_pattern": patterns_of(alphas, alpha),
         "use_rslora": rslora,
     }
-
-
-def _neat(x: float) -> int | float:
-    return round(x) if math.isclose(x, round(x), rel_tol=1e-6) else x
 
 
 def plain(x: LoRA | DoRA) -> LoRA | DoRA:
@@ -185,6 +161,6 @@ FORMAT = Format(
     method=method,
     parts={LoRA: parts, DoRA: parts},
     page=page,
-    beside=beside,
+    beside=copies,
     plain={LoRA: plain, DoRA: plain},
 )

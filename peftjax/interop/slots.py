@@ -51,11 +51,15 @@ class Slot(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One field of an overlay as a tensor: the field, the tensor's name, and the order of its axes (see `layout`)."""
+    """One field of an overlay as a tensor: the field, the tensor's name, and the order of its axes (see `layout`).
+
+    A tensor that belongs to no module has a prefix of its own.
+    """
 
     field: str
     name: str
     order: Sequence[Any]
+    prefix: str | None = None
 
 
 Parts = Callable[[Any, Spot], Iterable[Part]]
@@ -93,7 +97,7 @@ def _of(x: Overlay, spot: Spot, parts: Mapping[type, Parts]) -> Iterable[Part]:
 def _slot(x: Overlay, spot: Spot, part: Part, key: str, prefix: str) -> Slot:
     value = getattr(x, part.field)
     place = layout(spot, x.labels()[part.field], np.shape(value), part.order)
-    return Slot(prefix + part.name, f"{key}/{part.field}", place)
+    return Slot((prefix if part.prefix is None else part.prefix) + part.name, f"{key}/{part.field}", place)
 
 
 def read_slots(tuned: Any, wanted: Iterable[Slot]) -> dict[str, np.ndarray]:

@@ -26,13 +26,15 @@ class VeRA(Overlay):
     shared_a: Any = frozen()  # (largest inputs, rank)
     shared_b: Any = frozen()  # (rank, largest outputs)
     scale: Any = frozen()
+    key: Any = frozen(default=None)
     axes: str = static()
+    dropout: float = static(default=0.0)
     locked: tuple[str, ...] = static(default=())
 
     def labels(self) -> dict[str, tuple[Any, ...]]:
-        """The vectors and the scale keep the stacked axes, `b` those that W writes; A and B have their own."""
+        """The vectors, the scale and the key keep the stacked axes, `b` those that W writes; A and B have their own."""
         stacked = atoms(self.axes, "sb")
-        vectors = {"d": (*stacked, "rank"), "b": atoms(self.axes, "sbo"), "scale": stacked}
+        vectors = {"d": (*stacked, "rank"), "b": atoms(self.axes, "sbo"), "scale": stacked, "key": stacked}
         return {**vectors, "shared_a": ("inputs", "rank"), "shared_b": ("rank", "outputs")}
 
     def expand(self, terms: tuple[Term, ...]) -> tuple[Term, ...]:
@@ -42,7 +44,9 @@ class VeRA(Overlay):
         a = self.shared_a[: math.prod(n_in)].reshape(*n_in, -1)
         b = self.shared_b[:, : math.prod(n_out)].reshape(-1, *n_out)
         own = (Factor(getattr(self, name), labels[name]) for name in ("d", "b", "scale"))
-        return (*terms, Term(factors=(Factor(a, (*reads, "rank")), Factor(b, ("rank", *writes)), *own)))
+        key = None if self.key is None else Factor(self.key, labels["key"])
+        factors = (Factor(a, (*reads, "rank")), Factor(b, ("rank", *writes)), *own)
+        return (*terms, Term(factors=factors, key=key, rate=self.dropout))
 
     def summary(self) -> str:
         """Its rank."""
@@ -50,7 +54,14 @@ class VeRA(Overlay):
 
 
 @method
-def vera(rank: int = 256, *, targets: Targets = "all-linear", exclude: Targets = (), d_init: float = 0.1) -> Method:
+def vera(
+    rank: int = 256,
+    *,
+    targets: Targets = "all-linear",
+    exclude: Targets = (),
+    d_init: float = 0.1,
+    dropout: float = 0.0,
+) -> Method:
     """Trains two vectors beside each chosen weight: `y = x W + ((x A) * d) B * b`, A and B random, frozen and shared.
 
     Args:
@@ -59,6 +70,7 @@ def vera(rank: int = 256, *, targets: Targets = "all-linear", exclude: Targets =
       targets: the weights to tune; by default every linear kernel but embeddings and the output head.
       exclude: weights to leave out; wins over `targets`.
       d_init: where d starts; b starts at zero. 0.1 as in the paper, where 1e-7 trains about as well.
+      dropout: rate at which the input of A is dropped, active under `peftjax.with_key`.
 
     Returns:
       The method. A (largest inputs, r) and B (r, largest outputs) are drawn once, float32, uniform in
@@ -67,7 +79,7 @@ def vera(rank: int = 256, *, targets: Targets = "all-linear", exclude: Targets =
       and B. Without roles it takes kernels of two axes only, (in, out).
 
     Raises:
-      ValueError: a rank below 1, a leaf that is no kernel or holds a VeRA already, a pattern that matches nothing.
+      ValueError: a rank below 1, a dropout outside [0, 1), a leaf that is no kernel or holds a VeRA already, a pattern that matches nothing.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj
@@ -80,6 +92,8 @@ def vera(rank: int = 256, *, targets: Targets = "all-linear", exclude: Targets =
     """
     if rank < 1:
         raise ValueError(f"vera: expected a rank of at least 1, found {rank}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"vera: dropout is a rate in [0, 1), found {dropout}")
 
     def start(key: jax.Array, params: Any, roles: Roles | None) -> Any:
         chosen = chosen_leaves(key, params, roles, targets, exclude, kernels=True)
@@ -90,7 +104,9 @@ def vera(rank: int = 256, *, targets: Targets = "all-linear", exclude: Targets =
         shared = (drawn(reads, (n_in, rank), n_in), drawn(writes, (rank, n_out), rank))
         there = (Ref(first.path, "shared_a"), Ref(first.path, "shared_b"))
         give = lambda leaf: shared if leaf is first else there
-        return laid(params, {leaf.path: _on(leaf, rank, d_init, *give(leaf)) for leaf in chosen})
+        return laid(
+            params, {leaf.path: _on(leaf, rank, d_init, *give(leaf)).replace(dropout=dropout) for leaf in chosen}
+        )
 
     return Method(name="", options={}, start=start)
 

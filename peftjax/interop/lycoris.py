@@ -1,0 +1,83 @@
+"""What Hugging Face peft's LoHa and LoKr share: ranks and alphas by module, and convolutions."""
+
+from collections import Counter
+from typing import Any, Callable, Iterable, Sequence
+
+from peftjax.interop import config
+from peftjax.interop.base import Base, regex
+from peftjax.interop.formats import Options, neat
+from peftjax.interop.layout import window
+from peftjax.interop.match import pattern_value, patterns_of, targets_of
+from peftjax.interop.names import Spot
+from peftjax.interop.slots import constant
+from peftjax.method import Method
+
+
+def _no_dropout(name: str) -> config.Option:
+    said = f"0: {name} acts in training alone, and is not in peftjax; set it to 0 to use the adapter"
+    return config.Option(0.0, lambda x: config.is_number(x) and x == 0, said)
+
+
+OPTIONS = {
+    **config.TARGETS,
+    "r": config.whole(8, least=1),
+    "alpha": config.number(8),
+    "rank_pattern": config.RANKS,
+    "alpha_pattern": config.ALPHAS,
+    "rank_dropout": _no_dropout("rank_dropout"),
+    "module_dropout": _no_dropout("module_dropout"),
+    "use_effective_conv2d": config.flag(False),
+}
+
+
+def grouped(options: Options, spots: Sequence[Spot], base: Base, make: Callable[..., Method]) -> list[Method]:
+    """A method for each pair of a rank and an alpha: `make(rank=, alpha=, targets=)`.
+
+    Raises:
+      ValueError: the layers of a stacked leaf have different ranks or alphas, or only some of them are chosen.
+    """
+    of = lambda spot, what: pattern_value(options[f"{what}_pattern"] or {}, spot.module, options[SHORT[what]])
+    groups: dict[tuple[int, float], list[str]] = {}
+    for path in base.leaves(spots, "target_modules"):
+        pairs = [(of(spot, "rank"), of(spot, "alpha")) for spot in spots if spot.path == path]
+        pair = constant(pairs, f"the layers that {path} stacks have a rank and an alpha: they")
+        groups.setdefault(pair, []).append(path)
+    return [make(rank=r, alpha=alpha, targets=regex(paths)) for (r, alpha), paths in groups.items()]
+
+
+SHORT = {"rank": "r", "alpha": "alpha"}
+
+
+def check(spot: Spot, name: str) -> None:
+    """Raises where peft has no such layer."""
+    if spot.role.op == "embedding":
+        raise ValueError(f"{spot.module} is a table; peft has {name} for linear layers and convolutions")
+    if len(window(spot)) > 2:
+        raise ValueError(
+            f"{spot.module} is a convolution over {len(window(spot))} axes; peft has {name} for one and two"
+        )
+
+
+def wide(spot: Spot) -> bool:
+    """Whether this is a convolution whose window has more than one tap."""
+    return any(spot.shape[k] > 1 for k in window(spot))
+
+
+def page(found: Iterable[tuple[str, int, float]], base: Base) -> dict[str, Any]:
+    """The modules, ranks and alphas of updates, from each module's name, rank and scale: usual ones, others by name."""
+    ranks, alphas = {}, {}
+    for module, rank, scale in found:
+        ranks[module], alphas[module] = rank, neat(scale * rank)
+    r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    return {
+        "r": r,
+        "alpha": alpha,
+        "rank_pattern": patterns_of(ranks, r),
+        "alpha_pattern": patterns_of(alphas, alpha),
+        "target_modules": targets_of(ranks, base.modules),
+    }
+
+
+def scale_at(x: Any, spot: Spot) -> float:
+    """The scale of an overlay at one place of its leaf's stacked axes."""
+    return float(x.scale[spot.index] if x.scale.ndim else x.scale)

@@ -1,0 +1,57 @@
+"""Writes golden adapters with Hugging Face peft: `python tests/golden/make_peft.py [name ...]`, in a place that has torch.
+
+Each is trained by nobody: its tensors are moved by random numbers, so that none changes nothing. Beside the adapter lies
+`ref.npz`, the logits of the adapted model for the ids and under the masks of its base.
+"""
+
+import pathlib
+import sys
+
+import numpy as np
+import peft
+import torch
+import transformers
+from peft import LoHaConfig, VeraConfig
+
+GOLDEN = pathlib.Path(__file__).parent
+BASES = {"bert": transformers.BertForSequenceClassification, "llama": transformers.LlamaForCausalLM}
+BERT, LLAMA = dict(task_type="SEQ_CLS"), dict(task_type="CAUSAL_LM")
+CASES = {
+    "bert/vera": VeraConfig(r=5, target_modules=["query", "intermediate.dense"], bias="vera_only", **BERT),
+    "bert/loha": LoHaConfig(
+        r=3,
+        alpha=6,
+        target_modules=["query", "value", "intermediate.dense"],
+        rank_pattern={"value": 2},
+        alpha_pattern={"layer.1.attention.self.query": 7},
+        **BERT,
+    ),
+    "llama/loha": LoHaConfig(r=2, alpha=5, target_modules=["q_proj", "v_proj", "down_proj"], **LLAMA),
+}
+
+
+def make(case: str) -> None:
+    """Writes one adapter."""
+    name, folder = case.split("/")[0], GOLDEN / case
+    torch.manual_seed(0)
+    base = BASES[name].from_pretrained(GOLDEN / name / "base")
+    base.name_or_path = None
+    model = peft.get_peft_model(base, CASES[case]).eval()
+    with torch.no_grad():
+        for _, parameter in sorted(model.named_parameters()):
+            if parameter.requires_grad:
+                parameter += 0.2 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink()
+    given = np.load(GOLDEN / name / "base" / "ref.npz")
+    logits = {}
+    for mask in ("full", "rightpad", "leftpad"):
+        with torch.no_grad():
+            out = model(torch.tensor(given["input_ids"]), attention_mask=torch.tensor(given[f"mask_{mask}"]))
+        logits[f"logits_{mask}"] = out.logits.numpy()
+    np.savez(folder / "ref.npz", **logits)
+
+
+if __name__ == "__main__":
+    for case in sys.argv[1:] or CASES:
+        make(case)
