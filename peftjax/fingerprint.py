@@ -1,10 +1,13 @@
 """Telling one tree of parameters from another."""
 
 import hashlib
+import json
 from typing import Any, Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from peftjax.flat import unique
 from peftjax.overlay import short
@@ -33,6 +36,40 @@ def _bytes(x: Any) -> memoryview:
     if jax.dtypes.issubdtype(getattr(x, "dtype", None), jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     return np.ascontiguousarray(jax.device_get(x)).reshape(-1).view(np.uint8).data
+
+
+def sums(params: Any) -> dict[str, Any]:
+    """A fingerprint that the devices compute where the leaves lie: quick, of arrays split over processes too.
+
+    Sums, modulo 2**32, of a mixture of the bits of every number with its place: the same on every mesh. It tells trees
+    apart that differ by accident, not by design.
+
+    Args:
+      params: a plain tree.
+
+    Returns:
+      What `compare` compares, as `fingerprint` does.
+    """
+    leaves = {}
+    for path, x in sorted(unique(flatten(params)).items()):
+        x = jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else jnp.asarray(x)
+        leaves[path] = [short(x), f"{int(_sum(x)):08x}"]
+    return {"sha256": hashlib.sha256(json.dumps(leaves).encode()).hexdigest(), "leaves": leaves}
+
+
+@jax.jit
+def _sum(x: Any) -> Any:
+    words = lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}") if x.dtype != bool else x
+    stride, place = 1, jnp.zeros(x.shape, jnp.uint32)
+    for k in reversed(range(x.ndim)):
+        place += lax.broadcasted_iota(jnp.uint32, x.shape, k) * np.uint32(stride % 2**32)
+        stride *= x.shape[k]
+    low = words.astype(jnp.uint32)
+    high = lax.shift_right_logical(words, words.dtype.type(32)).astype(jnp.uint32) if x.dtype.itemsize > 4 else 0 * low
+    mixed = (low + np.uint32(0x27D4EB2F) * high) ^ (place * np.uint32(0x9E3779B1))
+    for shift, odd in ((15, 0x85EBCA77), (13, 0xC2B2AE3D)):
+        mixed = (mixed ^ (mixed >> np.uint32(shift))) * np.uint32(odd)
+    return mixed.sum(dtype=jnp.uint32)
 
 
 def compare(saved: Mapping[str, Any], given: Mapping[str, Any], name: str) -> None:

@@ -1,0 +1,215 @@
+"""Checkpoints of a run: all that moves, and what it was made with; the base itself is never written."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any, Mapping
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
+
+from peftjax.fingerprint import compare, sums
+from peftjax.flat import unique
+from peftjax.method import Method
+from peftjax.overlay import short
+from peftjax.roles import Roles
+from peftjax.training import TrainState
+from peftjax.tree import entries, strip
+
+FORMAT = 1
+ARRAYS, PAGE = "arrays", "page"
+MOVING = ("trainable", "opt_state", "model_state", "step", "skipped", "failing")
+
+
+class Runs:
+    """The checkpoints in one folder: the latest ones, and the best by a metric of the caller's.
+
+    Args:
+      folder: theirs alone, and the same for all processes; made where it is missing.
+      method: the method that made the tree.
+      roles: the roles that its `init` was given, if any.
+      latest: how many of the latest checkpoints to keep.
+      best: how many of the best to keep besides.
+      metric: the name of the metric that says which are best, the smallest first; see `lowest`.
+      lowest: False where the largest are best.
+
+    Raises:
+      ValueError: the folder holds something else.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, peftjax as pj, tempfile
+      >>> from peftjax.runs import Runs
+      >>> method = pj.unfreeze("b")
+      >>> tuned = method.init(jax.random.key(0), {"b": jnp.ones(2), "w": jnp.ones((2, 2))})
+      >>> state = pj.train_state(tuned, optax.sgd(0.1))
+      >>> with tempfile.TemporaryDirectory() as folder, Runs(folder, method) as runs:
+      ...     runs.save(state, data={"batch": 3})
+      ...     runs.wait()
+      ...     runs.restore(state)[1]
+      {'batch': 3}
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        method: Method,
+        roles: Roles | None = None,
+        *,
+        latest: int = 1,
+        best: int = 1,
+        metric: str = "loss",
+        lowest: bool = True,
+    ):
+        self.folder = Path(os.path.realpath(folder))
+        if self.folder.is_dir() and (odd := sorted(x.name for x in self.folder.iterdir() if not _is_ours(x.name))):
+            raise ValueError(
+                f"{self.folder} holds other files ({', '.join(odd[:3])}); expected a folder of checkpoints alone"
+            )
+        self.method, self.roles, self.metric = method, roles, metric
+        self._base: tuple[Any, dict[str, Any]] = (None, {})
+        number = lambda metrics: metrics[metric]
+        policies = [keep.LatestN(latest)]
+        if best:
+            policies.append(
+                keep.BestN(get_metric_fn=number, reverse=lowest, n=best, keep_checkpoints_without_metrics=False)
+            )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=keep.AnyPreservationPolicy(policies),
+            best_fn=number,
+            best_mode="min" if lowest else "max",
+            cleanup_tmp_directories=True,
+        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def __enter__(self) -> "Runs":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._manager.close()
+
+    def wait(self) -> None:
+        """Returns when all that was saved is on the disk.
+
+        Raises:
+          OSError, ValueError: it could not be written, as on a full disk; earlier checkpoints stay.
+        """
+        self._manager.wait_until_finished()
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints that are there and whole, in rising order."""
+        return sorted(self._manager.all_steps(read=True))
+
+    @property
+    def best(self) -> int | None:
+        """The step of the best checkpoint, or None where none has the metric."""
+        return self._manager.best_step()
+
+    def save(self, state: TrainState, *, data: Any = None, metrics: Mapping[str, float] | None = None) -> None:
+        """Writes a checkpoint of a state, in the background; every process has to call it.
+
+        Args:
+          state: the state. Its arrays are copied before this returns, so the next step may donate them.
+          data: where the data stands: a JSON-able value, the same on all processes.
+          metrics: what tells the best checkpoints, as `{"loss": 0.3}`.
+
+        Raises:
+          ValueError: the metrics lack the one by which the best are told, or it is not finite.
+        """
+        if metrics is not None and not np.isfinite(metrics.get(self.metric, np.nan)):
+            raise ValueError(f"metrics {dict(metrics)}: expected a finite {self.metric!r}, which tells the best")
+        held = _held(state)
+        page = {**self._page(state, held), "data": data}
+        items = ocp.args.Composite(**{ARRAYS: ocp.args.StandardSave(held), PAGE: ocp.args.JsonSave(page)})
+        told = None if metrics is None else {name: float(value) for name, value in metrics.items()}
+        self._manager.save(int(state.step), args=items, metrics=told, force=True)
+
+    def restore(self, state: TrainState, step: int | None = None) -> tuple[TrainState, Any] | None:
+        """The state of a checkpoint, and where the data stood.
+
+        Args:
+          state: one like it, of the same base, method and optimizer, such as a fresh `train_state`: it gives the base's
+            buffers and, for every array, where it lies. The mesh may be another than the saved one's.
+          step: which checkpoint; None for the latest.
+
+        Returns:
+          `(state, data)`, or None where there is no checkpoint.
+
+        Raises:
+          ValueError: another method, base, optimizer or rank, with what was found and expected; or no such step.
+        """
+        steps = self.steps
+        if step is None and not steps:
+            return None
+        if step is not None and step not in steps:
+            raise ValueError(f"{self.folder} holds no checkpoint of step {step}; expected one of {steps}")
+        at = steps[-1] if step is None else step
+        page = self._manager.restore(at, args=ocp.args.Composite(**{PAGE: ocp.args.JsonRestore()}))[PAGE]
+        held = _held(state)
+        self._compare(f"{self.folder}, step {at}", page, self._page(state, held))
+        like = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in held.items()}
+        found = self._manager.restore(at, args=ocp.args.Composite(**{ARRAYS: ocp.args.StandardRestore(like)}))[ARRAYS]
+        return _filled(state, found), page["data"]
+
+    def _page(self, state: TrainState, held: Mapping[str, Any]) -> dict[str, Any]:
+        base = strip(state.tuned)
+        leaves = jax.tree.leaves(base)
+        if self._base[0] is None or any(x is not y for x, y in zip(self._base[0], leaves, strict=True)):
+            self._base = (leaves, sums(base))
+        return {
+            "format": FORMAT,
+            "method": json.loads(json.dumps(self.method.to_dict())),
+            "roles": None if self.roles is None else json.loads(json.dumps(self.roles.to_dict())),
+            "base": self._base[1],
+            "arrays": {name: short(x) for name, x in held.items()},
+        }
+
+    @staticmethod
+    def _compare(where: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+        if found.get("format") != expected["format"]:
+            raise ValueError(
+                f"{where} has format {found.get('format')!r}, expected {FORMAT}: written by another version?"
+            )
+        for part in ("method", "roles"):
+            if found[part] != expected[part]:
+                raise ValueError(f"{where} has another {part}:\n  found    {found[part]}\n  expected {expected[part]}")
+        compare(found["base"], expected["base"], where)
+        old, new = found["arrays"], expected["arrays"]
+        odd = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+        if odd:
+            lines = [f"{name}: found {old.get(name, 'none')}, expected {new.get(name, 'none')}" for name in odd[:5]]
+            more = [f"and {len(odd) - 5} more"] if len(odd) > 5 else []
+            raise ValueError(f"{where} is of another optimizer or tree:\n  " + "\n  ".join(lines + more))
+
+
+def _is_ours(name: str) -> bool:
+    return name.split(".")[0].isdigit() or name.startswith(("_", "."))
+
+
+def _held(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint holds, by name: what moves, the random key, and the overlays' own frozen arrays."""
+    moving = {name: getattr(state, name) for name in MOVING}
+    named = [(_name(path), x) for path, x in jax.tree_util.tree_leaves_with_path(moving)]
+    key = [] if state.key is None else [("key", jax.random.key_data(state.key))]
+    return unique([*named, *key, *((f"frozen/{e.key}", e.value) for e in _own(state))])
+
+
+def _own(state: TrainState) -> list[Any]:
+    return [e for e in entries(state.tuned) if not e.is_base and not e.trains and not e.is_key]
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _filled(state: TrainState, found: Mapping[str, Any]) -> TrainState:
+    """The state with the arrays of a checkpoint in the place of its own."""
+    moving = {name: getattr(state, name) for name in MOVING}
+    moving = jax.tree_util.tree_map_with_path(lambda path, _: found[_name(path)], moving)
+    key = None if state.key is None else jax.random.wrap_key_data(found["key"], impl=jax.random.key_impl(state.key))
+    own = (found.get(f"frozen/{e.key}", e.value) for e in entries(state.tuned) if not e.trains)
+    frozen = jax.tree.map(lambda _: next(own), state.frozen)
+    return dataclasses.replace(state, **moving, key=key, frozen=frozen)

@@ -1,0 +1,184 @@
+"""Checkpoints of runs: what comes back is what was saved, on any mesh, and nothing else is taken for it."""
+
+import ast
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import peftjax as pj
+import pytest
+from jax.sharding import PartitionSpec as P
+from peftjax.fingerprint import sums
+from peftjax.runs import Runs
+from peftjax.sharding_rules import by_rules, make_mesh
+
+pytestmark = pytest.mark.third_party  # optax's own promotions
+KEY = jax.random.key(0)
+PARAMS = {"up": np.ones((8, 16), np.float32) / 8, "down": np.linspace(0, 1, 64, dtype=np.float32).reshape(16, 4)}
+
+
+def fn(params, batch, key=None):
+    return jnp.tanh(batch["x"] @ params["up"]) @ params["down"]
+
+
+def batch_of(seed):
+    return {"x": np.random.default_rng(seed).standard_normal((8, 8)).astype(np.float32)}
+
+
+def loss(y, batch):
+    return ((y - 1) ** 2).mean(), {}
+
+
+METHOD = pj.lora(rank=2, alpha=6, dropout=0.3, targets=".*")
+TX = optax.adamw(1e-2)
+
+
+@functools.cache
+def made(method=METHOD):
+    return pj.attach(method, fn, PARAMS, batch_of(0), key=KEY)
+
+
+def start(mesh=None, method=METHOD, tx=TX):
+    apply, tuned = made(method)
+    specs = mesh and by_rules([("up", P(None, "model")), ("down", P("model", None))], PARAMS, mesh)
+    return pj.train_state(tuned, tx, key=jax.random.key(1), mesh=mesh, specs=specs)
+
+
+def stepper(mesh=None, method=METHOD):
+    return pj.make_train_step(made(method)[0], loss, TX, mesh)
+
+
+def run(step, state, seeds):
+    for seed in seeds:
+        state, _ = step(state, batch_of(seed))
+    return state
+
+
+def same(got, want):
+    raw = lambda x: jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(raw(x), raw(y))
+
+
+def test_a_run_goes_on_bit_by_bit(tmp_path):
+    whole = run(stepper(), start(), range(6))
+    with Runs(tmp_path / "a", METHOD) as runs:
+        assert runs.restore(start()) is None
+        runs.save(run(stepper(), start(), range(3)), data={"next": 3})
+    with Runs(tmp_path / "a", METHOD) as runs:
+        state, data = runs.restore(start())
+        assert data == {"next": 3} and int(state.step) == 3
+        same(run(stepper(), state, range(data["next"], 6)), whole)
+
+
+def test_the_next_step_may_donate_what_is_being_saved(tmp_path):
+    with Runs(tmp_path / "a", METHOD, latest=9) as runs:
+        state, step, kept = start(), stepper(), []
+        for seed in range(4):
+            state = run(step, state, [seed])
+            kept.append(jax.tree.map(np.asarray, state.trainable))
+            runs.save(state)
+        runs.wait()
+        for k, want in zip(runs.steps, kept, strict=True):
+            same(runs.restore(start(), k)[0].trainable, want)
+
+
+def test_restores_onto_another_mesh(tmp_path):
+    one = run(stepper(), start(), range(2))
+    with Runs(tmp_path / "a", METHOD) as runs:
+        mesh = make_mesh("data:2,model:4")
+        runs.save(run(stepper(mesh), start(mesh), range(2)))
+        runs.wait()
+        other = make_mesh("data:4,model:2")
+        state, _ = runs.restore(start(other))
+        assert state.trainable["up"].b.sharding.mesh == other and state.trainable["up"].b.sharding.spec == P(
+            None, "model"
+        )
+        for x, y in zip(jax.tree.leaves(state.trainable), jax.tree.leaves(one.trainable), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+        state, _ = runs.restore(start())
+        run(stepper(), state, [2])
+
+
+def test_keeps_the_latest_and_the_best(tmp_path):
+    with Runs(tmp_path / "a", METHOD, latest=2, best=1) as runs:
+        state, step = start(), stepper()
+        for seed, value in enumerate([0.5, 0.1, 0.4, 0.3, 0.6]):
+            state = run(step, state, [seed])
+            runs.save(state, metrics={"loss": value})
+            runs.wait()
+        assert runs.steps == [2, 4, 5] and runs.best == 2
+
+
+def test_the_base_is_never_written(tmp_path):
+    with Runs(tmp_path / "a", METHOD) as runs:
+        runs.save(start())
+    names = {"/".join(ast.literal_eval(key)) for key in json.loads((tmp_path / "a/0/arrays/_METADATA").read_text())["tree_metadata"]}
+    assert {"trainable/up/a", "frozen/up/scale", "opt_state/0/mu/up/a", "step"} <= names
+    assert not [name for name in names if name.endswith("base")]
+
+
+def test_frozen_fields_that_a_methods_update_moves_come_back(tmp_path):
+    state = start()
+    halved = jax.tree.map(lambda x: x, state.frozen)
+    halved["up"] = halved["up"].replace(scale=halved["up"].scale / 2)
+    with Runs(tmp_path / "a", METHOD) as runs:
+        runs.save(type(state)(**{**vars(state), "frozen": halved}))
+        runs.wait()
+        again, _ = runs.restore(start())
+    np.testing.assert_array_equal(again.frozen["up"].scale, halved["up"].scale)
+    assert again.frozen["up"].base is start().frozen["up"].base
+
+
+def test_another_run_is_refused_and_named(tmp_path):
+    with Runs(tmp_path / "a", METHOD) as runs:
+        runs.save(start())
+    refused = [
+        (Runs(tmp_path / "a", pj.lora(rank=3, alpha=6, dropout=0.3, targets=".*")), start(), "another method"),
+        (
+            Runs(tmp_path / "a", METHOD),
+            start(tx=optax.sgd(0.1)),
+            r"opt_state/0/mu/down/a: found float32\[16,2\], expected none",
+        ),
+        (
+            Runs(tmp_path / "a", METHOD),
+            start(method=pj.lora(rank=1, targets=".*")),
+            r"found float32\[16,2\], expected float32\[16,1\]",
+        ),
+    ]
+    for runs, state, words in refused:
+        with runs, pytest.raises(ValueError, match=words):
+            runs.restore(state)
+    other = {**PARAMS, "up": PARAMS["up"] + np.float32(1e-6)}
+    _, tuned = pj.attach(METHOD, fn, other, batch_of(0), key=KEY)
+    with Runs(tmp_path / "a", METHOD) as runs:
+        with pytest.raises(ValueError, match="up: other values"):
+            runs.restore(pj.train_state(tuned, TX, key=KEY))
+        with pytest.raises(ValueError, match="no checkpoint of step 7; expected one of"):
+            runs.restore(start(), 7)
+
+
+def test_a_folder_of_something_else(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds other files"):
+        Runs(tmp_path, METHOD)
+
+
+def test_metrics_that_tell_nothing(tmp_path):
+    with Runs(tmp_path / "a", METHOD) as runs:
+        for metrics in ({"accuracy": 1.0}, {"loss": float("nan")}):
+            with pytest.raises(ValueError, match="expected a finite 'loss'"):
+                runs.save(start(), metrics=metrics)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "bool"])
+def test_sums_are_those_of_any_mesh_and_see_a_swap(dtype):
+    x = jnp.asarray(np.random.default_rng(0).integers(0, 2 if dtype == "bool" else 9, (8, 4)), dtype)
+    mesh = make_mesh("data:2,model:4")
+    split = jax.device_put(x, jax.sharding.NamedSharding(mesh, P("data", "model")))
+    assert sums({"x": split}) == sums({"x": x})
+    swapped = x.at[jnp.array([0, 1])].set(x[jnp.array([1, 0])])
+    assert sums({"x": swapped}) != sums({"x": x})
