@@ -15,6 +15,7 @@ from peftjax.merging import merge as merge
 from peftjax.method import Method as Method
 from peftjax.method import chain as chain
 from peftjax.methods.adapter import adapter as adapter
+from peftjax.methods.adalora import adalora as adalora
 from peftjax.methods.compacter import compacter as compacter
 from peftjax.methods.dora import dora as dora
 from peftjax.methods.ia3 import ia3 as ia3

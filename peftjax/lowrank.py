@@ -51,25 +51,26 @@ def layered(name: str, leaf: Leaf, value: float, layers: Sequence[int] | None) -
 Started = tuple[Any, Any, bool]
 
 
-def _shapes(leaf: Leaf, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def shapes(leaf: Leaf, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of `a`, which reads what the leaf reads, and of `b`, which writes what it writes."""
     size = lambda a: rank if a == "rank" else leaf.type.shape[a[0]]
     a, b = (tuple(map(size, replaced(leaf.axes, letter, "rank"))) for letter in "oi")
     return a, b
 
 
 def _kaiming(leaf: Leaf, rank: int, scale: float) -> Started:
-    a, b = _shapes(leaf, rank)
+    a, b = shapes(leaf, rank)
     bound = 1 / math.sqrt(math.prod(leaf.sizes("i")))
     return jax.random.uniform(leaf.key, a, jnp.float32, -bound, bound), jnp.zeros(b, jnp.float32), False
 
 
 def _gaussian(leaf: Leaf, rank: int, scale: float) -> Started:
-    a, b = _shapes(leaf, rank)
+    a, b = shapes(leaf, rank)
     return jax.random.normal(leaf.key, a, jnp.float32) / rank, jnp.zeros(b, jnp.float32), False
 
 
 def _zero_a(leaf: Leaf, rank: int, scale: float) -> Started:
-    a, b = _shapes(leaf, rank)
+    a, b = shapes(leaf, rank)
     bound = 1 / math.sqrt(rank)
     return jnp.zeros(a, jnp.float32), jax.random.uniform(leaf.key, b, jnp.float32, -bound, bound), False
 

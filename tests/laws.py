@@ -30,6 +30,7 @@ import optax
 import peftjax as pj
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from peftjax.methods.adalora import AdaLoRA
 from peftjax.methods.ia3 import IA3
 from peftjax.methods.dora import DoRA
 from peftjax.methods.loha import LoHa
@@ -167,6 +168,7 @@ METHODS: dict[str, Row] = {
     "ia3": Row(lambda m: pj.ia3(m.targets)),
     "ia3_feedforward": Row(lambda m: pj.ia3((), m.targets), refuses=_groups),
     "loha": Row(lambda m: pj.loha(rank=2, alpha=6, targets=m.targets)),
+    "adalora": Row(lambda m: pj.adalora(rank=2, target_rank=1, alpha=6, total_steps=9, targets=m.targets)),
 }
 
 
@@ -210,6 +212,13 @@ def _dense_loha(x: LoHa, base: Any) -> Any:
     return base + jnp.einsum(f"{stacked},{w}->{w}", x.scale, first * second)
 
 
+def _dense_adalora(x: AdaLoRA, base: Any) -> Any:
+    w = string.ascii_lowercase[: len(x.axes)]
+    a, b = (_ranked(w, x.axes, letter) for letter in "oi")
+    stacked = "".join(k for k, letter in zip(w, x.axes) if letter in "sb")
+    return base + jnp.einsum(f"{a},{stacked}R,{b},{stacked}->{w}", x.a, x.e, x.b, x.scale)
+
+
 def _dense_vera(x: VeRA, base: Any) -> Any:
     w = string.ascii_lowercase[: len(x.axes)]
     i, o, stacked = ("".join(k for k, letter in zip(w, x.axes) if letter in letters) for letters in ("i", "o", "sb"))
@@ -227,6 +236,7 @@ def _dense_ia3(x: IA3, base: Any) -> Any:
 
 
 ORACLES: dict[type, Callable[[Any, Any], Any]] = {
+    AdaLoRA: _dense_adalora,
     DoRA: _dense_dora,
     Full: _dense_full,
     IA3: _dense_ia3,

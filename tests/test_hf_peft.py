@@ -17,7 +17,7 @@ pytest.importorskip("transformers")
 pytestmark = pytest.mark.third_party
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-NOT_READ = {"prefix", "adalora"}  # other methods' files: refused by name
+NOT_READ = {"prefix"}  # other methods' files: refused by name
 CASES = [(m, a) for m in ("bert", "llama") for a in golden.adapters(m)]
 READ = [case for case in CASES if case[1] not in NOT_READ]
 
@@ -51,7 +51,7 @@ def test_writes_back_what_it_read(model, adapter, tmp_path):
 
 @pytest.mark.parametrize("model,adapter", [case for case in CASES if case not in READ])
 def test_methods_that_are_not_read_are_refused_by_name(model, adapter):
-    with pytest.raises(ValueError, match="peft_type is '(PREFIX_TUNING|PROMPT_TUNING|P_TUNING|ADALORA)'"):
+    with pytest.raises(ValueError, match="peft_type is '(PREFIX_TUNING|PROMPT_TUNING|P_TUNING)'"):
         loaded(model, adapter)
 
 

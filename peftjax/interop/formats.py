@@ -41,6 +41,7 @@ class Format:
       wraps: whether peft wraps the modules that it adapts, and then names their own tensors as in `base_layer`.
       placed: the slots under the names, and in the parts of tensors, that the files have.
       only: what `bias` is where the biases of adapted modules train, and no others.
+      begun: a tree that the method has just initialised, as the options have it before tensors fill it.
     """
 
     options: Mapping[str, Option]
@@ -53,6 +54,7 @@ class Format:
     wraps: bool = True
     placed: Callable[[list[Slot], Base, Options], list[Slot]] = lambda slots, base, options: slots
     only: str = "lora_only"
+    begun: Callable[[Any, Options, Base], Any] = lambda tuned, options, base: tuned
 
 
 def trained_whole(options: Options, base: Base, kernels: Sequence[Spot]) -> list[Method]:

@@ -9,7 +9,7 @@ import jax
 from peftjax import method as methods
 from peftjax.flat import near, not_finite
 from peftjax.folders import replacing
-from peftjax.interop import peft_ia3, peft_loha, peft_lora, peft_prompt, peft_vera
+from peftjax.interop import peft_adalora, peft_ia3, peft_loha, peft_lora, peft_prompt, peft_vera
 from peftjax.interop.base import Base
 from peftjax.interop.config import CONFIG, about, read_options, read_page, write_page
 from peftjax.interop.formats import Format, Options, adapted_modules, full_parts, saved_page, tables, untouched
@@ -26,6 +26,7 @@ from peftjax.tree import entries, map_layers, strip
 TENSORS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 FORMATS: dict[str, Format] = {
     "LORA": peft_lora.FORMAT,
+    "ADALORA": peft_adalora.FORMAT,
     "IA3": peft_ia3.FORMAT,
     "PROMPT_TUNING": peft_prompt.FORMAT,
     "P_TUNING": peft_prompt.OF_NETWORKS,
@@ -85,7 +86,7 @@ def load(path: str | os.PathLike[str], params: Any, roles: Roles, names: Names =
     found = _read(folder, params, roles, names)
     file, tensors = read_folder(folder, TENSORS, PICKLE, pickles)
     with about(folder / CONFIG):
-        tuned = found.method.init(jax.random.key(0), params, roles)
+        tuned = found.format.begun(found.method.init(jax.random.key(0), params, roles), found.options, found.base)
     wanted = _slots(tuned, found.format, found.base, found.options)
     beside = found.format.beside(found.options, found.base, params)
     prefixed = {found.format.prefix + name: value for name, value in beside.items()}

@@ -17,32 +17,47 @@ class Layout:
       index: of every axis of the array, the number this parameter has along it, or None.
       groups: for each axis of the tensor, the array's axes it is made of, among those without a number; none for 1.
       shape: the tensor's shape.
+      ranks: the axis of the tensor that holds a part of the array's, and which part; None where it holds all.
     """
 
     index: tuple[int | None, ...]
     groups: tuple[tuple[int, ...], ...]
     shape: tuple[int, ...]
+    ranks: tuple[int, tuple[int, ...]] | None = None
 
     def read(self, array: Any) -> np.ndarray:
         """The tensor, from the array."""
-        part = np.asarray(array)[self._where]
-        return np.ascontiguousarray(part.transpose(self._order).reshape(self.shape))
+        part = np.asarray(array)[self._where].transpose(self._order)
+        return np.ascontiguousarray(part[self._ranks].reshape(self.shape))
 
     def write(self, array: np.ndarray, tensor: np.ndarray) -> None:
         """Puts the tensor in its place in the array."""
         part = array[self._where].transpose(self._order)
-        part[...] = tensor.reshape(part.shape)
+        part[self._ranks] = tensor.reshape(part[self._ranks].shape)
 
     @property
     def _where(self) -> tuple[Any, ...]:
         return tuple(slice(None) if n is None else n for n in self.index) or (...,)
 
     @property
+    def _ranks(self) -> tuple[Any, ...]:
+        if self.ranks is None:
+            return (...,)
+        axis, chosen = self.ranks
+        return (*(slice(None) for group in self.groups[:axis] for _ in group), list(chosen))
+
+    @property
     def _order(self) -> list[int]:
         return [k for group in self.groups for k in group]
 
 
-def layout(spot: Spot, labels: Sequence[Any], shape: Sequence[int], order: Sequence[Any]) -> Layout:
+def layout(
+    spot: Spot,
+    labels: Sequence[Any],
+    shape: Sequence[int],
+    order: Sequence[Any],
+    ranks: Sequence[int] | None = None,
+) -> Layout:
     """How an array beside a leaf lies in a tensor.
 
     Args:
@@ -51,6 +66,7 @@ def layout(spot: Spot, labels: Sequence[Any], shape: Sequence[int], order: Seque
       shape: the array's shape.
       order: the tensor's axes: "i", "o" for all input and output axes of the leaf, "c" for a convolution's input
         channels and "x" for the rest of its window, each an axis; 1 for an axis of size 1; any other word for itself.
+      ranks: which entries of the axis "rank" the tensor holds, in their order; None for all.
     """
     numbers = dict(zip((k for k, letter in enumerate(spot.role.axes) if letter in "sb"), spot.index))
     index = [numbers.get(label[0]) if isinstance(label, tuple) else None for label in labels]
@@ -69,7 +85,12 @@ def layout(spot: Spot, labels: Sequence[Any], shape: Sequence[int], order: Seque
             groups.append((kept.index(word),))
     if sorted(k for group in groups for k in group) != list(range(len(kept))):
         raise ValueError(f"{spot.path} ({spot.role.axes}): an array of axes {labels} does not make a tensor of {order}")
-    return Layout(tuple(index), tuple(groups), tuple(math.prod(sizes[k] for k in group) for group in groups))
+    whole = tuple(math.prod(sizes[k] for k in group) for group in groups)
+    if ranks is None:
+        return Layout(tuple(index), tuple(groups), whole)
+    axis = groups.index((kept.index("rank"),))
+    cut = (*whole[:axis], len(ranks), *whole[axis + 1 :])
+    return Layout(tuple(index), tuple(groups), cut, (axis, tuple(ranks)))
 
 
 def inputs(spot: Spot) -> list[int]:

@@ -53,13 +53,14 @@ class Slot(NamedTuple):
 class Part(NamedTuple):
     """One field of an overlay as a tensor: the field, the tensor's name, and the order of its axes (see `layout`).
 
-    A tensor that belongs to no module has a prefix of its own.
+    A tensor that belongs to no module has a prefix of its own; one that holds some of the ranks says which.
     """
 
     field: str
     name: str
     order: Sequence[Any]
     prefix: str | None = None
+    ranks: Sequence[int] | None = None
 
 
 Parts = Callable[[Any, Spot], Iterable[Part]]
@@ -96,7 +97,7 @@ def _of(x: Overlay, spot: Spot, parts: Mapping[type, Parts]) -> Iterable[Part]:
 
 def _slot(x: Overlay, spot: Spot, part: Part, key: str, prefix: str) -> Slot:
     value = getattr(x, part.field)
-    place = layout(spot, x.labels()[part.field], np.shape(value), part.order)
+    place = layout(spot, x.labels()[part.field], np.shape(value), part.order, part.ranks)
     return Slot((prefix if part.prefix is None else part.prefix) + part.name, f"{key}/{part.field}", place)
 
 
