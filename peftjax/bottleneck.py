@@ -29,7 +29,8 @@ class Bottleneck(Output):
     """What bottlenecks share. With h the layer's output, r the residual stream that it is added to, and s = h + r:
 
     "inserted" is `h + A(h)` before the add, "sequential" `s + A(s)`, or `s + A(norm(s))` where a norm follows the sum,
-    and "parallel" `s + A(r)`. A is `change`, scaled.
+    and "parallel" `s + A(r)`. A is `change`, scaled. Under a second one, h is what the first one made of it: two
+    sequential ones give `s1 = s + A1(norm(s))`, then `s1 + A2(norm(s1))`.
     """
 
     base: Any = frozen()
@@ -64,11 +65,10 @@ class Bottleneck(Output):
         return y + self._scaled(y)
 
     def on_residual(self, h: Any, r: Any, site: Any) -> Any:
-        """The residual sum and the change, made of what `place` says."""
+        """The layer's output and the change, made of what `place` says."""
         if self.place == "inserted":
-            return h + self._scaled(h) + r
-        s = h + r
-        return s + self._scaled(r if self.place == "parallel" else self._normalised(s))
+            return self.on_output(h, site)
+        return h + self._scaled(r if self.place == "parallel" else self._normalised(h + r))
 
     def _scaled(self, z: Any) -> Any:
         return self.change(z) * self.scale.astype(z.dtype)

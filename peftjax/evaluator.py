@@ -117,18 +117,16 @@ class Evaluator:
     def fire(self, path: str, owner: Any, eqn: Any) -> None:
         """Remembers that an overlay of outputs or rows met its equation."""
         self.events.append(self.event(path, "acted", eqn, _name(owner)))
-        if getattr(owner, "where", "output") == "residual":
-            self.waiting.append(path)
 
-    def met(self, path: str, eqn: Any) -> None:
-        """Remembers that a waiting output met its residual add."""
+    def met(self, path: str, owners: Sequence[Any], eqn: Any) -> None:
+        """Remembers that a waiting output, and its overlays with it, met its residual add."""
         if path not in self.waiting:
             raise ValueError(
                 f"the output of {path} is added to a second array ({self.scope_of(eqn)}), and its overlay acts at one "
                 'residual add; attach it with where="output"'
             )
         self.waiting.remove(path)
-        self.events.append(self.event(path, "met the residual", eqn))
+        self.events += [self.event(path, "met the residual", eqn, _name(owner)) for owner in owners]
 
     def refuse_inner_gradient(self, eqn: Any, path: str) -> None:
         """Overlays of outputs do not act in a derivative that the function itself takes."""

@@ -97,12 +97,12 @@ class Made:
     batch: tuple[int, ...]
 
 
-@node("value", "owner")
+@node("value", "owners")
 class Pending:
-    """A layer's output whose overlay waits for the residual add; `features` and `batch` as in `Made`."""
+    """A layer's output with overlays that wait, in order, for the residual add; `features` and `batch` as in `Made`."""
 
     value: Any
-    owner: Carried
+    owners: tuple[Carried, ...]
     path: str
     features: tuple[int, ...]
     batch: tuple[tuple[int, Any], ...]
@@ -175,9 +175,7 @@ def where(eqn: Any, overlays: Sequence[Any]) -> str:
 
 def names_of(x: Any) -> str:
     """The kinds of the overlays that a value carries."""
-    owners = (
-        [c.owner for c in x.owners] if isinstance(x, Hook) else [x.owner.owner if isinstance(x, Pending) else x.owner]
-    )
+    owners = [x.owner] if isinstance(x, Rows) else [c.owner for c in x.owners]
     return ", ".join(type(owner).__name__ for owner in owners)
 
 

@@ -180,15 +180,13 @@ def _fired(
     evaluator.refuse_inner_gradient(eqn, hook.path)
     tokens = evaluator.tokens(eqn, hook.path, [c.owner for c in hook.owners], (*features, *(k for k, _ in batch)))
     site = Site(hook.path, features, tuple(batch), eqn.primitive.name, evaluator.scope_of(eqn), own, *tokens)
-    for k, carried in enumerate(hook.owners):
+    for carried in hook.owners:
         evaluator.fire(hook.path, carried.owner, eqn)
         if carried.owner.virtual and evaluator.sequence is not None:
             evaluator.sequence.acted.setdefault(id(eqn), []).append((site.sequence, features, carried.owner.features))
-        if carried.owner.where == "residual":
-            if k + 1 < len(hook.owners):
-                raise ValueError(
-                    where(eqn, [hook]) + ": an overlay that waits for the residual add has to be the outermost"
-                )
-            return Pending(y, carried, hook.path, features, site.batch)
-        y = site.call(carried, "on_output", y)
+        if carried.owner.where == "output":
+            y = site.call(carried, "on_output", y)
+    if waiting := tuple(c for c in hook.owners if c.owner.where == "residual"):
+        evaluator.waiting.append(hook.path)
+        return Pending(y, waiting, hook.path, features, site.batch)
     return Made(y, hook.path, features, tuple(k for k, _ in batch)) if hook.owners[0].owner.kernel is None else y

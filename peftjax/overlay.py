@@ -123,11 +123,13 @@ for _name in (
 class Ref:
     """A field that lives elsewhere: the overlay at `path` holds it as `field`; without a field, the leaf at `path` itself.
 
-    One array, one gradient: that of a leaf under overlays reaches what they train.
+    One array, one gradient: that of a leaf under overlays reaches what they train. Of several overlays at `path` with
+    that field, `depth` tells which: how many it has below it.
     """
 
     path: str
     field: str | None = None
+    depth: int | None = None
 
 
 def atoms(axes: str, letters: str) -> tuple[Any, ...]:
@@ -165,6 +167,10 @@ class Output(Overlay):
     On a kernel it fires at the kernel's contraction; on a bias (`kernel` names the bias's kernel), where the bias is
     added to that kernel's output. With `where = "residual"` it waits there for the residual add. Its functions see
     arrays with the layer's output features flattened into one last axis; what they return is cast to the base's dtype.
+
+    Several on one leaf act each at its own place, and at one place from the inside out, every one on what the one
+    below it made: at the output `y <- on_output(y)`, then at the residual add `h <- on_residual(h, r)` with the same
+    stream r for all, and at last the sum `h + r`.
     """
 
     merges = False
@@ -180,7 +186,7 @@ class Output(Overlay):
         raise NotImplementedError(f"{type(self).__name__}.on_output")
 
     def on_residual(self, h: Any, r: Any, site: Any) -> Any:
-        """The residual stream after the layer, in the place of `h + r`, from its output h and the stream r (..., F)."""
+        """What is added to the residual stream r (..., F) in the place of the layer's output h (..., F)."""
         raise NotImplementedError(f"{type(self).__name__}.on_residual")
 
 

@@ -25,11 +25,14 @@ def act(evaluator: Any, eqn: Any, operands: Sequence[Any], h: Pending, plain: An
         return [dataclasses.replace(h, value=run()[0])]
     if name in ("add", "add_any") and jnp.shape(inner(rest[0])) == jnp.shape(h.value):
         evaluator.refuse_inner_gradient(eqn, h.path)
-        tokens = evaluator.tokens(eqn, h.path, [h.owner.owner], (*h.features, *(d for d, _ in h.batch)))
+        owners = [c.owner for c in h.owners]
+        tokens = evaluator.tokens(eqn, h.path, owners, (*h.features, *(d for d, _ in h.batch)))
         site = Site(h.path, h.features, h.batch, name, evaluator.scope_of(eqn), (), *tokens)
-        out = site.call(h.owner, "on_residual", h.value, evaluator.merged(rest[0], eqn))
-        evaluator.met(h.path, eqn)
-        return [out]
+        y, r = h.value, evaluator.merged(rest[0], eqn)
+        for carried in h.owners:
+            y = site.call(carried, "on_residual", y, r)
+        evaluator.met(h.path, owners, eqn)
+        return plain([r if j != k else y for j in range(2)])
     raise ValueError(
         where(eqn, [h])
         + ": the output waits for its residual add, and only views and operations linear in it may come "

@@ -512,14 +512,6 @@ def test_merging_says_what_to_do_instead():
         X @ tuned["w"]
 
 
-def test_two_overlays_that_wait_for_one_sum():
-    method = pj.chain(pj.adapter(bottleneck=1), pj.adapter("parallel", bottleneck=1))
-    fn = lambda p, x: (x := jnp.sin(x), x + x @ p["w"])[1]
-    apply, tuned = pj.attach(method, fn, drawn({"w": (4, 4)}), X, key=jax.random.key(0))
-    with pytest.raises(ValueError, match="Adapter.*at w.*has to be the outermost"):
-        apply(tuned, X)
-
-
 # Models that are not ours
 
 

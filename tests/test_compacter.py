@@ -58,7 +58,7 @@ def test_the_equation_and_the_one_gradient_of_the_rule(kind):
     method = pj.compacter(kind, bottleneck=4, rank=2, scale=1.5, targets=targets)
     fn = lambda p, x: blocks(p, jnp.sin(x))
     apply, fresh = pj.attach(method, fn, PARAMS, X, key=jax.random.key(0))
-    assert fresh["second"]["bias"].rule == pj.Ref("first/bias", "rule")
+    assert fresh["second"]["bias"].rule == pj.Ref("first/bias", "rule", 0)
     tuned = away(fresh)
     flat = pj.extract(tuned)
     assert [k for k in flat if k.endswith("rule")] == ["first/bias/rule"]

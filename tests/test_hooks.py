@@ -35,7 +35,7 @@ class Gain(Output):
         return y * jnp.expand_dims(gain, tuple(range(y.ndim - 1)))
 
     def on_residual(self, h, r, site):
-        return self.on_output(h, site) + r
+        return self.on_output(h, site)
 
 
 @overlay

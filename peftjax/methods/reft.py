@@ -46,9 +46,8 @@ class LoReFT(Output):
         return y + self._change(y, site)
 
     def on_residual(self, h: Any, r: Any, site: Any) -> Any:
-        """The residual sum, changed."""
-        s = h + r
-        return s + self._change(s, site)
+        """The layer's output, and the change made of the residual sum."""
+        return h + self._change(h + r, site)
 
     def _change(self, z: Any, site: Any) -> Any:
         basis = orthonormal(self.free)
