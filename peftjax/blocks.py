@@ -77,6 +77,7 @@ def endings(
         if role.op not in KERNELS or not set("o") <= set(role.axes) or "?" in role.axes:
             raise ValueError(
                 f"{method}: {kernel} ({role.op}, axes {role.axes!r}) is no kernel whose output can be told"
+                + (f": {role.unclear}" if role.unclear else "")
             )
         if residual and not role.residual:
             raise ValueError(

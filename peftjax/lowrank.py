@@ -20,6 +20,12 @@ def replaced(axes: str, letter: str, label: str) -> tuple[Any, ...]:
 def checked(name: str, leaf: Leaf, rank: int) -> int:
     """The rank that a method asks of a leaf, where the leaf is a linear map that can have it."""
     n_in, n_out = leaf.sizes("i"), leaf.sizes("o")
+    if (not n_in or not n_out) and leaf.unclear:
+        raise ValueError(
+            f"{name}: {leaf.path} {leaf.type.str_short()} has axes {leaf.axes!r}: {leaf.unclear}. Expected axes that are "
+            "each of one kind; store the leaf in the shape that the model gives it by `reshape`, train it as it is with "
+            "`unfreeze`, or leave it out with `exclude`"
+        )
     if not n_in or not n_out:
         raise ValueError(
             f"{name}: {leaf.path} has axes {leaf.axes!r}: a vector, or no linear map; expected a kernel with input and "

@@ -149,6 +149,11 @@ class Leaf:
         """Its dense value."""
         return materialise(self.value)
 
+    @property
+    def unclear(self) -> str:
+        """What made the kind of an axis unclear, if anything did."""
+        return self.role.unclear if self.role is not None else ""
+
     def sizes(self, letters: str) -> tuple[int, ...]:
         """The sizes of its axes with these letters."""
         return tuple(n for n, x in zip(self.type.shape, self.axes) if x in letters)

@@ -3,13 +3,14 @@
 import contextlib
 import dataclasses
 import math
-from typing import Iterator, Mapping, Sequence
+from typing import Any, Iterator, Mapping, Sequence
 
 from peftjax.role_values import Act, Fixed, Pending, Product, Track, is_own
 from peftjax.views import Atom, Cut, Drop, DynamicCut, Edit, Layout
 
 CONTRACTED = ("linear", "conv", "embedding")
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot")
+MEANS = {"s": "stacked layers, taken apart", "b": "a batch", "i": "read", "o": "written"}
 JOINED = frozenset({"add", "add_any", "concatenate"})
 PLAIN = {"bias": JOINED, "scale": JOINED | {"mul", "div", "neg", "sub"}, "other": frozenset()}  # and still that
 
@@ -24,6 +25,7 @@ class Notes:
     op: str | None = None
     hint: str | None = None
     letters: dict[int, set[str]] = dataclasses.field(default_factory=dict)
+    marked: dict[tuple[int, str], str] = dataclasses.field(default_factory=dict)  # by which equation, axis and letter
     product: Product | None = None
     bias: str | None = None
     kernel: str | None = None
@@ -41,6 +43,13 @@ class Notes:
         found = [self.letters.get(k, {"o"}) for k in range(self.ndim)]
         return "".join(letters.copy().pop() if len(letters) == 1 else "?" for letters in found)
 
+    @property
+    def unclear(self) -> str:
+        """What gave an axis several letters; empty where none has."""
+        of = lambda k, letter: f"{MEANS[letter]} by {self.marked[k, letter]}"
+        said = {k: sorted(letters) for k, letters in self.letters.items() if len(letters) > 1}
+        return "; ".join(f"axis {k} is partly {' and partly '.join(of(k, x) for x in said[k])}" for k in sorted(said))
+
 
 class Book:
     """Notes on every leaf. During a rehearsal (a loop body read to find its types) nothing is written."""
@@ -49,6 +58,7 @@ class Book:
         self.notes = {path: Notes(ndim) for path, ndim in ndims.items()}
         self.time = 0
         self.rehearsing = False
+        self.at: Any = None  # the equation that is read
 
     @contextlib.contextmanager
     def rehearsal(self) -> Iterator[None]:
@@ -75,6 +85,11 @@ class Book:
         for atom, letter in letters.items():
             if is_own(atom):
                 self.notes[track.path].letters.setdefault(int(atom[0]), set()).add(letter)
+                self.notes[track.path].marked[int(atom[0]), letter] = self._here()
+
+    def _here(self) -> str:
+        scope = str(self.at.source_info.name_stack)
+        return self.at.primitive.name + (f" in {scope}" if scope else "")
 
     def edit(self, track: Track, layout: Layout, edits: Sequence[Edit]) -> Track:
         """A track after a view; an axis of which one entry was taken is stacked."""

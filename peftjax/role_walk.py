@@ -21,7 +21,7 @@ def walk(book: Book, closed: Any, operands: Sequence[Value]) -> Outs:
     env |= {v: constant(x) for v, x in zip(jaxpr.constvars, consts)}
     read = lambda v: constant(v.val) if isinstance(v, jex.Literal) else env[v]
     for eqn in jaxpr.eqns:
-        inside = REGIONS.get(eqn.primitive.name, role_ops.read)
+        book.at, inside = eqn, REGIONS.get(eqn.primitive.name, role_ops.read)
         env.update(zip(eqn.outvars, inside(book, eqn, [read(v) for v in eqn.invars]), strict=False))
     return [read(v) for v in jaxpr.outvars]
 

@@ -30,7 +30,7 @@ class Role:
     Attributes:
         op: "linear", "conv", "embedding" (looked up first), "bias" (added), "scale" (multiplied), "other" or "unused".
         axes: a letter for each axis: i in (contracted or looked up), o out, b batch (an expert), s stacked (a layer);
-            "?" where a reshape cuts one axis into parts of several kinds.
+            "?" where a reshape cuts one axis into parts of several kinds, which `unclear` tells.
         order: its place among all leaves, by first use.
         uses: the names of the equations that use it, in order.
         bias: of a kernel, the path of the bias that is added to its output.
@@ -42,6 +42,7 @@ class Role:
         head: whether it makes the output: no other kernel contracts what it makes, and no later one reaches an output.
         groups: of a convolution, the number of its groups.
         window: of a convolution, the axes of its window.
+        unclear: which axes have parts of several kinds, and which equations made them so; else empty.
         follows: of a bias, for each of its axes those of its kernel that it lies along; None where that is not known, or
             where the bias is added to something else too.
     """
@@ -59,6 +60,7 @@ class Role:
     groups: int = 1
     window: tuple[int, ...] = ()
     follows: tuple[tuple[int, ...], ...] | None = None
+    unclear: str = ""
 
 
 class Roles(Mapping[str, Role]):
@@ -196,6 +198,7 @@ def _role(book: Book, path: str, order: int, head: bool) -> Role:
     sublayer = _sublayer(notes.product) if notes.product and notes.product.total else None
     more = dict(bias=notes.bias, kernel=notes.kernel, residual=sublayer is not None, norm=_norm(notes))
     more |= dict(sublayer=sublayer, head=head, groups=notes.groups, window=notes.window, follows=follows)  # type: ignore[dict-item]
+    more |= dict(unclear=notes.unclear)  # type: ignore[dict-item]
     return Role(op, notes.axes, order, tuple(notes.uses), **more)  # type: ignore[arg-type]
 
 

@@ -110,7 +110,8 @@ def _nothing(targets: Any, exclude: Any, taken: Any, found: set[str], roles: Map
         return f"targets={targets!r} matches no leaf; expected a predicate that is true of one at least"
     heads = [path for path, role in roles.items() if role.head]
     said = f"the output head {heads[0]}" if heads else "no output head"
-    return f"targets='all-linear' finds no kernel but {said}, embeddings, and {len(taken)} leaves that train already"
+    unclear = "".join(f"; in {path}, {role.unclear}" for path, role in roles.items() if role.unclear)
+    return f"targets='all-linear' finds no kernel but {said}, embeddings, and {len(taken)} leaves that train already{unclear}"
 
 
 def closest(target: str, paths: Sequence[str], count: int = 3) -> list[str]:

@@ -230,9 +230,10 @@ def _dense_vera(x: VeRA, base: Any) -> Any:
 
 
 def _dense_ia3(x: IA3, base: Any) -> Any:
-    vector = x.scale * x.vector + (1 - x.scale)
     order = [j for along in x.lies for j in along]
-    return base * jnp.transpose(vector, order).reshape([n if along else 1 for n, along in zip(base.shape, x.lies)])
+    vector = jnp.transpose(x.vector, order).reshape([n if along else 1 for n, along in zip(base.shape, x.lies)])
+    scale = x.scale.reshape([n if k in x.stacked else 1 for k, n in enumerate(base.shape)])
+    return base * (scale * vector + (1 - scale))
 
 
 ORACLES: dict[type, Callable[[Any, Any], Any]] = {

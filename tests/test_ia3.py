@@ -7,7 +7,9 @@ import peftjax as pj
 import pytest
 from jax import lax
 from laws import moved
-from peftjax.overlay import Ref
+from peftjax.overlay import Ref, is_overlay
+from peftjax.paths import flatten
+from peftjax.tree import map_layers
 from zoo import MODELS
 
 KEY = jax.random.key(0)
@@ -69,6 +71,31 @@ def test_the_scale_moves_the_vector_towards_one():
     half = pj.wrap(linear)(pj.scale(tuned, 0.5), X)
     np.testing.assert_allclose(half, (X @ W + B[None]) * (0.5 + 0.5 * L)[None], rtol=1e-6)
     np.testing.assert_array_equal(pj.wrap(linear)(pj.disable(tuned), X), jax.jit(linear)(PARAMS, X))
+
+
+@pytest.mark.parametrize("model", ["linen_scan", "linen_vmap_dense"])
+def test_stacked_layers_and_experts_have_a_scale_each(model):
+    """Half, none and all of the change: as if each layer's own vector had been moved towards one by its own scale."""
+    fn, params, args = MODELS[model].make()
+    roles = pj.roles(fn, params, *args)
+    tuned = moved(pj.ia3(MODELS[model].targets).init(KEY, params, roles), 0)
+    held = {path: x for path, x in flatten(tuned) if is_overlay(x)}
+    letter, count = next((x, n) for p, y in held.items() for x, n in zip(roles[p].axes, y.type.shape) if x in "sb")
+    by = np.linspace(0, 1, count, dtype=np.float32)
+
+    def scales(path, x):
+        assert x.scale.shape == tuple(n for n, axis in zip(x.type.shape, roles[path].axes) if axis in "sb")
+        return x.replace(scale=by)
+
+    own = {}
+    for key, vector in pj.extract(tuned).items():
+        axes = held[key.rpartition("/")[0]].labels()["vector"]
+        where = [roles[key.rpartition("/")[0]].axes[k] for (k,) in axes].index(letter)
+        shape = [-1 if k == where else 1 for k in range(vector.ndim)]
+        own[key] = 1 + by.reshape(shape) * (vector - 1)
+    found = pj.wrap(fn)(map_layers(scales, tuned), *args)
+    np.testing.assert_allclose(found, pj.wrap(fn)(pj.insert(tuned, own), *args), atol=2e-6 * np.abs(found).max())
+    assert np.abs(np.asarray(found) - pj.wrap(fn)(tuned, *args)).max() > 1e-3
 
 
 def test_the_bias_stays_with_its_kernel_in_a_folder(tmp_path):

@@ -132,6 +132,19 @@ def test_a_vector_has_no_low_rank():
     refuses(pj.lora(rank=1, targets="up/bias"), "up/bias", "expected a kernel", "up/kernel")
 
 
+def test_an_axis_of_which_a_reshape_makes_two_kinds():
+    """Three layers in one axis: the message names the axis, what it became, and by which equations."""
+    layers = lambda p, x: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"].reshape(3, 8, 8))[0]
+    params = {"w": np.ones((24, 8), np.float32)}
+    roles = pj.roles(layers, params, jax.ShapeDtypeStruct((2, 8), "float32"))
+    said = "axis 0 is partly read by dot_general and partly stacked layers, taken apart by scan"
+    for method in (pj.lora(rank=1, targets="w"), pj.lora(rank=1), pj.ia3("w"), pj.adapter("houlsby", targets="w")):
+        with pytest.raises(ValueError, match=said):
+            method.init(KEY, params, roles)
+    with pytest.raises(ValueError, match="w float32.24,8. has axes '.o': .*`reshape`, .*`unfreeze`.*`exclude`"):
+        pj.lora(rank=1, targets="w").init(KEY, params, roles)
+
+
 def test_two_overlays_of_which_one_would_not_act():
     both = pj.chain(pj.lora(rank=1, targets="up/kernel"), pj.unfreeze("up/kernel"))
     refuses(both, "up/kernel", "LoRA(float32[6,4], rank=1)", "exclude")

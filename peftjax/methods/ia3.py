@@ -25,22 +25,22 @@ class IA3(Overlay):
     vector: Any = trained()
     scale: Any = frozen()
     lies: Lies = static()  # for each axis of the base, those of the vector that lie along it
+    stacked: tuple[int, ...] = static(default=())  # the axes of the base along which the scale lies
     locked: tuple[str, ...] = static(default=())
 
     def labels(self) -> dict[str, tuple[Any, ...]]:
         """The vector has the axes that it scales, and the stacked ones."""
         axes = sorted((j, k) for k, along in enumerate(self.lies) for j in along)
-        return {"vector": tuple((k,) for _, k in axes), "scale": ()}
+        return {"vector": tuple((k,) for _, k in axes), "scale": tuple((k,) for k in self.stacked)}
 
     def expand(self, terms: tuple[Term, ...]) -> tuple[Term, ...]:
         """Every term of the base, scaled."""
         order = [j for along in self.lies for j in along]
         sizes = [math.prod(self.vector.shape[j] for j in along) for along in self.lies if along]
         vector = jnp.transpose(self.vector, order).reshape(sizes)
-        factor = Factor(
-            1 + self.scale * (vector - 1),
-            tuple((k,) for k, along in enumerate(self.lies) if along),
-        )
+        where = [k for k, along in enumerate(self.lies) if along]
+        scale = self.scale.reshape([n if k in self.stacked else 1 for n, k in zip(sizes, where)])
+        factor = Factor(1 + scale * (vector - 1), tuple((k,) for k in where))
         return tuple(term.times(factor) for term in terms)
 
 
@@ -58,7 +58,8 @@ def ia3(targets: Targets, feedforward: Targets = (), *, exclude: Targets = ()) -
 
     Returns:
       The method. The vectors are float32 and start at one, so the model starts as it was, exactly. `peftjax.scale`
-      moves them towards one. A kernel and its biases share one vector, and `peftjax.merge` scales them all.
+      moves them towards one; stacked layers, and experts, have a scale each. A kernel and its biases share one vector,
+      and `peftjax.merge` scales them all.
 
     Raises:
       ValueError: no roles, which find the biases; a kernel without the axes to scale; a bias that something else adds
@@ -88,14 +89,17 @@ def ia3(targets: Targets, feedforward: Targets = (), *, exclude: Targets = ()) -
         for path, leaf in outputs.items():
             for bias in _biases(leaf, roles):
                 lies = _along(leaf, made[path].vector.shape, bias, roles[bias], values[bias].shape)
-                made[bias] = IA3(base=values[bias], vector=Ref(path, "vector"), scale=_one(), lies=lies)
+                scale = _scale(roles[bias].axes, values[bias].shape)
+                made[bias] = IA3(base=values[bias], vector=Ref(path, "vector"), lies=lies, **scale)
         return laid(params, made)
 
     return Method(name="", options={}, start=start)
 
 
-def _one() -> jax.Array:
-    return jnp.ones((), jnp.float32)
+def _scale(axes: str, shape: Sequence[int]) -> dict[str, Any]:
+    """A scale for each layer and expert of a leaf."""
+    stacked = tuple(k for k, letter in enumerate(axes) if letter in "sb")
+    return {"scale": jnp.ones([shape[k] for k in stacked], jnp.float32), "stacked": stacked}
 
 
 def _on_kernel(leaf: Leaf, axes: Sequence[int]) -> IA3:
@@ -103,7 +107,7 @@ def _on_kernel(leaf: Leaf, axes: Sequence[int]) -> IA3:
         raise ValueError(f"ia3: {leaf.path} already holds {leaf.value!r}: one vector says all that two could")
     lies = tuple((axes.index(k),) if k in axes else () for k in range(len(leaf.axes)))
     vector = jnp.ones([leaf.type.shape[k] for k in axes], jnp.float32)
-    return IA3(base=leaf.value, vector=vector, scale=_one(), lies=lies)
+    return IA3(base=leaf.value, vector=vector, lies=lies, **_scale(leaf.axes, leaf.type.shape))
 
 
 def _written(leaf: Leaf) -> list[int]:
@@ -129,7 +133,10 @@ def _read(leaf: Leaf) -> list[int]:
 
 def _having(leaf: Leaf, letter: str, found: Sequence[int]) -> list[int]:
     if not found or "?" in leaf.axes:
-        raise ValueError(f"ia3: {leaf.path} has axes {leaf.axes!r}; expected a kernel with axes {letter!r} to scale")
+        said = f" ({leaf.unclear})" if leaf.unclear else ""
+        raise ValueError(
+            f"ia3: {leaf.path} has axes {leaf.axes!r}{said}; expected a kernel with axes {letter!r} to scale"
+        )
     return [k for k, x in enumerate(leaf.axes) if x in "sb" or k in found]
 
 
