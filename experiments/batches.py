@@ -1,8 +1,9 @@
 """Token ids in batches of a few lengths, as numpy arrays."""
 
 from pathlib import Path
-from typing import Iterator, Sequence
+from typing import Sequence
 
+import grain
 import numpy as np
 from tokenizers import Tokenizer
 
@@ -42,36 +43,56 @@ def batches(
     labels: np.ndarray,
     size: int,
     widths: Sequence[int],
-    rng: np.random.Generator | None = None,
-) -> Iterator[Batch]:
+    seed: Sequence[int] | None = None,
+    share: tuple[int, int] = (0, 1),
+) -> grain.MapDataset:
     """Every example once, in batches of one shape per width.
+
+    The batches are planned from the lengths of all examples, so every process takes the same step with the same width.
 
     Args:
       ids: per example; none is longer than the last width.
       labels: (N,).
-      size: examples per batch. What is left of a width fills up with examples of weight 0.
+      size: examples per batch, over all processes. What is left of a width fills up with examples of weight 0.
       widths: the lengths of batches; an example goes to the first that holds it.
-      rng: shuffles examples and batches; None keeps the order of each width.
+      seed: shuffles examples and batches; None keeps the order of each width.
+      share: (k, n) gives the k-th of n equal parts of each batch.
 
-    Yields:
-      `ids`, `mask` (size, width) int32, `label` (size,) int32, `weight` (size,) float32, `index` (size,), which example.
+    Returns:
+      A data set whose k-th element is the k-th batch: `ids`, `mask` (size, width) int32, `label` (size,) int32,
+      `weight` (size,) float32, `index` (size,), which example. Iterators of it prefetch, and know where they stand.
+
+    Raises:
+      ValueError: a size that the parts do not divide.
     """
-    order = np.arange(len(ids)) if rng is None else rng.permutation(len(ids))
-    width = np.array([next(w for w in widths if len(x) <= w) for x in ids])
+    if size % share[1]:
+        raise ValueError(f"a batch of {size} examples: expected a multiple of {share[1]}, the number of processes")
+    plan = _plan(np.array([len(x) for x in ids]), size, widths, None if seed is None else np.random.default_rng(seed))
+    part = slice(size * share[0] // share[1], size * (share[0] + 1) // share[1])
+    return grain.MapDataset.source(plan).map(lambda chosen: _batch(ids, labels, size, *chosen, part))
+
+
+def _plan(
+    length: np.ndarray, size: int, widths: Sequence[int], rng: np.random.Generator | None
+) -> list[tuple[int, np.ndarray]]:
+    """The width of each batch, and its examples."""
+    order = np.arange(len(length)) if rng is None else rng.permutation(len(length))
+    width = np.asarray(widths)[np.searchsorted(widths, length)]
     groups = []
     for w in widths:
         mine = order[width[order] == w]
         groups += [(w, mine[k : k + size]) for k in range(0, len(mine), size)]
-    for k in np.arange(len(groups)) if rng is None else rng.permutation(len(groups)):
-        yield _batch(ids, labels, size, *groups[k])
+    return groups if rng is None else [groups[k] for k in rng.permutation(len(groups))]
 
 
-def _batch(ids: Sequence[Sequence[int]], labels: np.ndarray, size: int, width: int, chosen: np.ndarray) -> Batch:
-    index = np.resize(chosen, size)  # repeats them where they are too few
-    padded = np.zeros((size, width), np.int32)
-    mask = np.zeros((size, width), np.int32)
+def _batch(
+    ids: Sequence[Sequence[int]], labels: np.ndarray, size: int, width: int, chosen: np.ndarray, part: slice
+) -> Batch:
+    index = np.resize(chosen, size)[part]  # repeats them where they are too few
+    padded = np.zeros((len(index), width), np.int32)
+    mask = np.zeros((len(index), width), np.int32)
     for row, k in enumerate(index):
         padded[row, : len(ids[k])] = ids[k]
         mask[row, : len(ids[k])] = 1
-    weight = (np.arange(size) < len(chosen)).astype(np.float32)
+    weight = (np.arange(size) < len(chosen)).astype(np.float32)[part]
     return {"ids": padded, "mask": mask, "label": labels[index].astype(np.int32), "weight": weight, "index": index}

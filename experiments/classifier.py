@@ -77,14 +77,14 @@ class Classifier:
         self.params = {"bert": encoder, "classifier": _head(config, len(page.names))}
         self._model, self._encoder = bert.Classifier(config, len(page.names), page.pool), bert.Bert(config, page.pool)
 
-    def __call__(self, params: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
+    def __call__(self, params: Any, batch: Batch, key: jax.Array | None = None) -> jax.Array:
         """Logits (B, classes); dropout is active where there is a key."""
         rngs = None if key is None else {"dropout": key}
         return jnp.asarray(
             self._model.apply({"params": params}, batch["ids"], batch["mask"], key is not None, rngs=rngs)
         )
 
-    def features(self, params: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
+    def features(self, params: Any, batch: Batch) -> jax.Array:
         """The encoder's features of each text, averaged over its tokens, (B, D)."""
         hidden, _ = self._encoder.apply({"params": params["bert"]}, batch["ids"], batch["mask"])
         return bert.mean(hidden, jnp.asarray(batch["mask"]))

@@ -31,9 +31,9 @@ class Bar:
     def __exit__(self, *_: Any) -> None:
         self._progress.stop()
 
-    def epoch(self, number: int, steps: int) -> None:
-        """Begins an epoch."""
-        self._task = self._progress.add_task(str(number), total=steps, loss=float("nan"), rate=0.0)
+    def epoch(self, number: int, steps: int, done: int) -> None:
+        """Begins an epoch, or goes on with one of which some steps are done."""
+        self._task = self._progress.add_task(str(number), total=steps, completed=done, loss=float("nan"), rate=0.0)
         self._first = True
 
     def step(self, loss: float, rate: float) -> None:

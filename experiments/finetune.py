@@ -5,15 +5,16 @@ python experiments/finetune.py --config.method=head --config.seed=1
 python experiments/finetune.py --config.data=mine.csv --config.text=sentence --config.label=mood
 """
 
-import dataclasses
+import contextlib
 import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Iterable
+from typing import Any, Callable
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import grain
 import jax
 import ml_collections
 import numpy as np
@@ -24,12 +25,17 @@ from rich.console import Console
 
 import peftjax as pj
 from experiments import assets, baselines, data, display, record
-from experiments.batches import Batch, batches
+from experiments.batches import batches
 from experiments.classifier import ADAPTER, Classifier, Page
-from experiments.train import Trained, predict, score, train
+from experiments.interruption import Interrupted
+from experiments.models.bert import RULES
+from experiments.train import Limits, Trained, cross_entropy, predict, score, train
+from peftjax.runs import Runs
+from peftjax.sharding_rules import by_rules, make_mesh, within
 
 CONFIG = config_flags.DEFINE_config_file("config", str(Path(__file__).parent / "configs" / "reviews.py"))
 
+FREE = ("out", "resume", "every", "mesh", "accumulate")  # what may change when a run goes on
 METHODS: dict[str, Callable[[ml_collections.ConfigDict], pj.Method]] = {
     "lora": lambda c: pj.chain(pj.lora(c.lora.rank, c.lora.alpha, dropout=c.lora.dropout), pj.unfreeze("classifier")),
     "full": lambda c: pj.full(),
@@ -52,11 +58,11 @@ def run(c: ml_collections.ConfigDict, console: Console) -> list[baselines.Result
     rows = data.load(c.data, c.text, c.label, c.classes)
     model = Classifier(Page(c.model, c.pool, c.length, c.fixed, rows.names), c.dropout)
     method, start = METHODS[c.method](c), time.perf_counter()
-    trained = fit(c, model, method, rows.train, rows.validation, console)
+    trained, logits = fit(c, model, method, rows.train, rows.validation, console)
     seconds = time.perf_counter() - start
 
-    logits, features = predict(pj.wrap(model)), predict(model.features)
-    read = lambda texts: batches(model.tokens(texts), np.zeros(len(texts), np.int32), c.batch, model.widths)
+    read = lambda texts: _batches(c, model, model.tokens(texts), np.zeros(len(texts), np.int32))
+    features = predict(model.features)
     test = rows.test.open()
     guesses = logits(trained.tuned, read(test.texts), len(test)).argmax(1)
     results = [
@@ -65,12 +71,12 @@ def run(c: ml_collections.ConfigDict, console: Console) -> list[baselines.Result
         baselines.probe(lambda x: features(model.params, read(x), len(x)), rows.train, rows.validation, test),
         baselines.Result(f"this run ({c.method})", guesses == test.labels, pj.count(trained.tuned).trainable, seconds),
     ]
-    folder = Path(c.out) / f"{Path(c.data).stem}-{c.method}-seed{c.seed}"
-    pj.save(folder / ADAPTER, trained.tuned, method, pj.roles(model, model.params, *_example(model, c.batch)))
+    folder = folder_of_run(c)
+    pj.save(folder / ADAPTER, trained.tuned, method, pj.roles(model, model.params, _example(model, c.batch)))
     model.page.write(folder)
     record.append(Path(c.out) / "results.jsonl", c.to_dict(), _numbers(results, trained))
     console.print(display.table(results, len(test)))
-    console.print(f"best epoch {trained.best} of {len(trained.scores)}; the adapter is in {folder}")
+    console.print(f"best epoch {trained.progress.best} of {len(trained.progress.scores)}; the adapter is in {folder}")
     return results
 
 
@@ -81,25 +87,51 @@ def fit(
     training: data.Rows,
     validation: data.Rows,
     console: Console,
-) -> Trained:
-    """Trains on some rows and chooses the epoch on others."""
+) -> tuple[Trained, Callable[..., np.ndarray]]:
+    """Trains on some rows and chooses the epoch on others; also returns the logits of a tree, as `predict` makes them."""
+    if len(training) < c.batch:
+        raise ValueError(f"{len(training)} rows to train on are fewer than a batch of {c.batch}; set --config.batch=")
     init, dropout = jax.random.split(jax.random.key(c.seed))
-    apply, tuned = pj.attach(method, model, model.params, *_example(model, c.batch), key=init)
+    roles = pj.roles(model, model.params, _example(model, c.batch))
+    tuned, apply = method.init(init, model.params, roles), pj.wrap(model)
     console.print(f"{method.name} {c.method}: {pj.count(tuned)}")
     ids, chosen_on = model.tokens(training.texts), model.tokens(validation.texts)
+    epoch = lambda number: _batches(c, model, ids, training.labels, (c.seed, number))
 
-    def epoch(number: int) -> Iterable[Batch]:
-        return batches(ids, training.labels, c.batch, model.widths, np.random.default_rng((c.seed, number)))
-
-    logits = predict(apply)
+    mesh = make_mesh(c.mesh) if c.mesh else None
+    tx = optimizer(c, steps=c.epochs * len(epoch(1)))
+    specs = None if mesh is None else by_rules(within(RULES, mesh), model.params, mesh)
+    state = pj.train_state(tuned, tx, key=dropout, mesh=mesh, specs=specs)
+    step = pj.make_train_step(apply, cross_entropy, tx, mesh, method=method, accumulate=c.accumulate)
+    logits = predict(apply, step)
 
     def validate(tuned: Any) -> Any:
-        read = batches(chosen_on, validation.labels, c.batch, model.widths)
+        read = _batches(c, model, chosen_on, validation.labels)
         return score(logits(tuned, read, len(validation)), validation.labels)
 
-    tx = optimizer(c, steps=c.epochs * sum(1 for _ in epoch(1)))
-    with display.Bar(console) as bar:
-        return train(apply, tuned, tx, epoch, validate, dropout, c.epochs, c.patience, bar)
+    with display.Bar(console) as bar, _runs(c, method, roles) as runs:
+        return train(step, state, epoch, validate, Limits(c.epochs, c.patience), bar, runs, c.every), logits
+
+
+def _runs(c: ml_collections.ConfigDict, method: pj.Method, roles: pj.Roles) -> Any:
+    if c.resume not in ("auto", "no"):
+        raise ValueError(f"resume {c.resume!r}; expected auto or no")
+    if c.resume == "no":
+        return contextlib.nullcontext()
+    settings = {name: value for name, value in c.to_dict().items() if name not in FREE}
+    return Runs(folder_of_run(c) / "checkpoints", method, roles, metric="epoch", lowest=False, settings=settings)
+
+
+def folder_of_run(c: ml_collections.ConfigDict) -> Path:
+    """Where the run of a configuration leaves what it made."""
+    return Path(c.out) / f"{Path(c.data).stem}-{c.method}-seed{c.seed}"
+
+
+def _batches(
+    c: ml_collections.ConfigDict, model: Classifier, ids: Any, labels: np.ndarray, seed: Any = None
+) -> grain.MapDataset:
+    share = (jax.process_index(), jax.process_count()) if c.mesh else (0, 1)
+    return batches(ids, labels, c.batch, model.widths, seed, share)
 
 
 def optimizer(c: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
@@ -113,9 +145,9 @@ def optimizer(c: ml_collections.ConfigDict, steps: int) -> optax.GradientTransfo
     return optax.chain(optax.clip_by_global_norm(c.clip), optax.adamw(schedule, weight_decay=c.decay))
 
 
-def _example(model: Classifier, size: int) -> tuple[dict[str, jax.ShapeDtypeStruct], None]:
+def _example(model: Classifier, size: int) -> dict[str, jax.ShapeDtypeStruct]:
     ids = jax.ShapeDtypeStruct((size, model.page.length), np.int32)
-    return {"ids": ids, "mask": ids}, None
+    return {"ids": ids, "mask": ids}
 
 
 def _numbers(results: list[baselines.Result], trained: Trained) -> dict[str, Any]:
@@ -123,8 +155,13 @@ def _numbers(results: list[baselines.Result], trained: Trained) -> dict[str, Any
         {"name": r.name, "accuracy": r.accuracy, "error": r.error, "trainable": r.trainable, "seconds": r.seconds}
         for r in results
     ]
-    scores = [dataclasses.asdict(s) for s in trained.scores]
-    return {"test": lines, "validation": scores, "best_epoch": trained.best, "epoch_seconds": trained.seconds}
+    went = trained.progress.to_dict()
+    return {
+        "test": lines,
+        "validation": went["scores"],
+        "best_epoch": went["best"],
+        "epoch_seconds": went["seconds"],
+    }
 
 
 def main(_: list[str]) -> None:
@@ -133,7 +170,7 @@ def main(_: list[str]) -> None:
         jax.config.update("jax_compilation_cache_dir", str(assets.home() / "compiled"))
     try:
         run(CONFIG.value, Console())
-    except (ValueError, FloatingPointError, assets.Missing) as error:
+    except (ValueError, FloatingPointError, assets.Missing, Interrupted) as error:
         raise SystemExit(f"finetune: {error}") from error
 
 

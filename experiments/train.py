@@ -1,24 +1,28 @@
-"""The train loop: what trains, on batches of examples, with a validation score after every epoch."""
+"""The train loop of every script: steps over epochs, a validation score after each, checkpoints, and going on from one."""
 
 import dataclasses
 import time
-from typing import Any, Callable, Iterable, Protocol
+from typing import Any, Callable, Iterable, Mapping, Protocol
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 import peftjax as pj
 from experiments.batches import Batch
+from experiments.interruption import Interruption
+from peftjax.runs import Runs
 
-Apply = Callable[[Any, Batch, jax.Array | None], jax.Array]
+Apply = Callable[..., jax.Array]
 
 
 class Shown(Protocol):
     """Where progress is shown."""
 
-    def epoch(self, number: int, steps: int) -> None: ...
+    def epoch(self, number: int, steps: int, done: int) -> None: ...
     def step(self, loss: float, rate: float) -> None: ...
     def score(self, number: int, accuracy: float, loss: float, best: bool) -> None: ...
 
@@ -31,113 +35,176 @@ class Score:
     loss: float
 
 
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """What training gave.
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands.
 
     Attributes:
-      tuned: the tree after the best epoch.
-      best: the number of that epoch, from 1.
-      scores: on the validation rows, per epoch.
+      epoch: the number of the epoch in hand, from 1.
+      data: the state of its iterator, or None at its beginning.
+      scores: on the validation rows, per finished epoch.
       seconds: per epoch, compilation included, validation not.
+      best: the number of the best finished epoch; 0 for none.
     """
 
+    epoch: int = 1
+    data: Any = None
+    scores: list[Score] = dataclasses.field(default_factory=list)
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    best: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-able values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> "Progress":
+        """The progress that `to_dict` described."""
+        return cls(**{**saved, "scores": [Score(**score) for score in saved["scores"]]})
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What training gave: the tree after the best epoch, and how the run went."""
+
     tuned: Any
-    best: int
-    scores: list[Score]
-    seconds: list[float]
+    progress: Progress
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """When to stop.
+
+    Attributes:
+      epochs: how many at most.
+      patience: after how many epochs without a better score.
+      failing: after how many steps in a row whose loss is not finite; each is left out.
+    """
+
+    epochs: int
+    patience: int
+    failing: int = 5
+
+
+def cross_entropy(logits: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The summed loss of the examples that count, and how many these are."""
+    each = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]) * batch["weight"]
+    return each.sum(), {"weight": batch["weight"].sum()}
 
 
 def train(
-    apply: Apply,
-    tuned: Any,
-    tx: optax.GradientTransformation,
-    epoch: Callable[[int], Iterable[Batch]],
+    step: pj.TrainStep,
+    state: pj.TrainState,
+    epoch: Callable[[int], grain.MapDataset],
     validate: Callable[[Any], Score],
-    key: jax.Array,
-    epochs: int,
-    patience: int,
+    limits: Limits,
     shown: Shown,
+    runs: Runs | None = None,
+    every: int = 0,
 ) -> Trained:
-    """Trains until the validation score has not risen for `patience` epochs, and keeps the best epoch.
+    """Trains until the validation score has not risen for some epochs, and keeps the best epoch.
 
     Args:
-      apply: `apply(tuned, batch, key)`, logits; dropout is active where the key is not None.
-      tuned: a tree with overlays.
-      tx: the optimizer of what trains.
+      step, state: of `peftjax.make_train_step` and `peftjax.train_state`.
       epoch: `epoch(number)`, the batches of an epoch, from 1.
       validate: the score of a tuned tree on rows that are not trained on. Higher accuracy is better, then lower loss.
-      key: what dropout draws from; each step folds its number in.
-      epochs: how many at most.
-      patience: after how many epochs without a better score to stop.
+      limits: when to stop.
       shown: where progress is shown.
+      runs: where checkpoints go, after every epoch and `every` so many steps, and whence the run goes on; None for none.
+        Its best checkpoint is that of the largest `epoch`.
 
     Raises:
-      FloatingPointError: the loss is not finite.
+      FloatingPointError: too many losses in a row were not finite; the last good state is saved.
+      Interrupted: the process was asked to stop; the state is saved.
     """
-    step = jax.jit(_step(apply, tx), donate_argnums=(0, 2))
-    trainable, frozen = pj.partition(tuned)
-    trainable = _copy(trainable)  # a step donates its buffers, and the caller's are not ours to give
-    state, count, kept = tx.init(trainable), 0, trainable
-    scores, seconds, best = list[Score](), list[float](), 0
-    for number in range(1, epochs + 1):
-        start, batches = time.perf_counter(), list(epoch(number))
-        shown.epoch(number, len(batches))
-        for batch in batches:
-            began = time.perf_counter()
-            at = jax.random.fold_in(key, count)
-            trainable, state, loss = step(trainable, frozen, state, at, _arrays(batch))
-            if not np.isfinite(value := float(loss)):
-                raise FloatingPointError(f"the loss is {value} at step {count}: is the learning rate too high?")
-            count += 1
-            shown.step(value, float(batch["weight"].sum()) / (time.perf_counter() - began))
-        seconds.append(time.perf_counter() - start)
-        scores.append(validate(pj.combine(trainable, frozen)))
-        if best == 0 or _rank(scores[-1]) > _rank(scores[best - 1]):
-            best, kept = number, _copy(trainable)
-        shown.score(number, scores[-1].accuracy, scores[-1].loss, best == number)
-        if number - best >= patience:
-            break
-    return Trained(pj.combine(kept, frozen), best, scores, seconds)
+    now, kept = Progress(), state
+    if runs is not None and (found := runs.restore(state)) is not None:
+        now = Progress.from_dict(found[1])
+        best = None if runs.best is None else runs.restore(state, runs.best)
+        kept, state = (found if best is None else best)[0], found[0]
+    kept = _copy(kept)
+
+    def save(**metrics: float) -> None:
+        if runs is not None:
+            runs.save(state, data=now.to_dict(), metrics=metrics or None)
+
+    with Interruption(runs) as interruption:
+        while now.epoch <= limits.epochs and (now.best == 0 or now.epoch - 1 - now.best < limits.patience):
+            batches = epoch(now.epoch)
+            reading, before = _reading(batches, now), sum(now.seconds[now.epoch - 1 :])
+            shown.epoch(now.epoch, len(batches), 0 if now.data is None else now.data["next_index"])
+            start = time.perf_counter()
+            for batch in reading:
+                began = time.perf_counter()
+                state, metrics = step(state, arrays(batch))
+                loss = float(metrics["loss"])
+                now.data = reading.get_state()
+                now.seconds[now.epoch - 1 :] = [before + time.perf_counter() - start]
+                _check(state, loss, limits, save)
+                shown.step(loss, float(batch["weight"].sum()) / (time.perf_counter() - began))
+                if every and int(state.step) % every == 0:
+                    save()
+                interruption.check(int(state.step), save)
+            score = validate(state.tuned)
+            now.scores.append(score)
+            if better := now.best == 0 or _rank(score) > _rank(now.scores[now.best - 1]):
+                now.best, kept = now.epoch, _copy(state)
+            shown.score(now.epoch, score.accuracy, score.loss, better)
+            now.epoch, now.data = now.epoch + 1, None
+            save(**({"epoch": now.epoch - 1} if better else {}))
+    if runs is not None:
+        runs.wait()
+    return Trained(kept.tuned, now)
 
 
-def _copy(tree: Any) -> Any:
-    return jax.tree.map(jnp.copy, tree)
+def _reading(batches: grain.MapDataset, now: Progress) -> Any:
+    reading = iter(batches.to_iter_dataset())
+    if now.data is not None:
+        reading.set_state(now.data)
+    return reading
+
+
+def _check(state: pj.TrainState, loss: float, limits: Limits, save: Callable[[], None]) -> None:
+    if (failing := int(state.failing)) < limits.failing:
+        return
+    save()
+    raise FloatingPointError(
+        f"{failing} steps in a row, up to step {int(state.step)}, had a loss ({loss}), a gradient or an update that was "
+        "not finite; is the learning rate too high? The state before them is kept"
+    )
+
+
+def _copy(state: pj.TrainState) -> pj.TrainState:
+    """The state with its own copy of what trains, for a step donates that."""
+    return dataclasses.replace(state, trainable=jax.tree.map(jnp.copy, state.trainable))
 
 
 def _rank(score: Score) -> tuple[float, float]:
     return score.accuracy, -score.loss
 
 
-def _arrays(batch: Batch) -> Batch:
+def arrays(batch: Batch) -> Batch:
+    """What the model and its loss read of a batch."""
     return {name: x for name, x in batch.items() if name != "index"}
 
 
-def _step(apply: Apply, tx: optax.GradientTransformation) -> Callable[..., Any]:
-    def step(trainable: Any, frozen: Any, state: Any, key: jax.Array, batch: Batch) -> Any:
-        def loss(trainable: Any) -> jax.Array:
-            model, adapters = jax.random.split(key)
-            logits = apply(pj.with_key(pj.combine(trainable, frozen), adapters), batch, model)
-            each = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-            return (each * batch["weight"]).sum() / batch["weight"].sum()
+def predict(apply: Apply, step: pj.TrainStep | None = None) -> Callable[[Any, Iterable[Batch], int], np.ndarray]:
+    """Makes `logits(tuned, batches, n)`: the logits of n examples, (n, classes), in the order of their index.
 
-        value, grads = jax.value_and_grad(loss)(trainable)
-        updates, state = tx.update(grads, state, trainable)
-        return optax.apply_updates(trainable, updates), state, value
-
-    return step
-
-
-def predict(apply: Apply) -> Callable[[Any, Iterable[Batch], int], np.ndarray]:
-    """Makes `logits(tuned, batches, n)`: the logits of n examples, (n, classes), in the order of their index."""
-    forward = jax.jit(lambda tuned, batch: apply(tuned, batch, None))
+    Args:
+      apply: `apply(tuned, batch)`.
+      step: the train step on whose mesh the tree lies; None for one device.
+    """
+    mesh = None if step is None else step.mesh
+    whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    forward = jax.jit(lambda tuned, batch: (apply(tuned, arrays(batch)), batch["index"]), out_shardings=whole)
 
     def logits(tuned: Any, batches: Iterable[Batch], n: int) -> np.ndarray:
         found: np.ndarray | None = None
         for batch in batches:
-            out = np.asarray(forward(tuned, _arrays(batch)))
+            out, index = map(np.asarray, forward(tuned, batch if step is None else step.place(batch)))
             found = np.full((n, *out.shape[1:]), np.nan, out.dtype) if found is None else found
-            found[batch["index"]] = out
+            found[index] = out
         if found is None or np.isnan(found).any():
             raise ValueError(f"{n} examples, and not every one has a finite result")
         return found

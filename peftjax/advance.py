@@ -49,9 +49,9 @@ def advance(
         metrics["loss"], grads = metrics["loss"] + value, jax.tree.map(jnp.add, grads, more)
     norm = optax.global_norm(grads)
     updates, opt_state = tx.update(grads, moving.opt_state, moving.trainable)
+    fine = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm) & jnp.isfinite(optax.global_norm(updates))
     trainable, changed = _updated(method, optax.apply_updates(moving.trainable, updates), frozen, grads, moving.step)
 
-    fine = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
     keep = lambda new, old: jax.tree.map(
         lambda x, y: None if x is None else jnp.where(fine, x, y), new, old, is_leaf=_none
     )

@@ -35,6 +35,7 @@ class Runs:
       best: how many of the best to keep besides.
       metric: the name of the metric that says which are best, the smallest first; see `lowest`.
       lowest: False where the largest are best.
+      settings: what else has to be the same when a run goes on, as JSON-able values by name.
 
     Raises:
       ValueError: the folder holds something else.
@@ -62,13 +63,14 @@ class Runs:
         best: int = 1,
         metric: str = "loss",
         lowest: bool = True,
+        settings: Mapping[str, Any] | None = None,
     ):
         self.folder = Path(os.path.realpath(folder))
         if self.folder.is_dir() and (odd := sorted(x.name for x in self.folder.iterdir() if not _is_ours(x.name))):
             raise ValueError(
                 f"{self.folder} holds other files ({', '.join(odd[:3])}); expected a folder of checkpoints alone"
             )
-        self.method, self.roles, self.metric = method, roles, metric
+        self.method, self.roles, self.metric, self.settings = method, roles, metric, dict(settings or {})
         self._base: tuple[Any, dict[str, Any]] = (None, {})
         number = lambda metrics: metrics[metric]
         policies = [keep.LatestN(latest)]
@@ -83,6 +85,7 @@ class Runs:
             cleanup_tmp_directories=True,
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._last = -1 if (last := self._manager.latest_step()) is None else last
 
     def __enter__(self) -> "Runs":
         return self
@@ -99,17 +102,19 @@ class Runs:
         self._manager.wait_until_finished()
 
     @property
-    def steps(self) -> list[int]:
-        """The steps of the checkpoints that are there and whole, in rising order."""
+    def numbers(self) -> list[int]:
+        """The numbers of the checkpoints that are there and whole, in rising order."""
         return sorted(self._manager.all_steps(read=True))
 
     @property
     def best(self) -> int | None:
-        """The step of the best checkpoint, or None where none has the metric."""
+        """The number of the best checkpoint, or None where none has the metric."""
         return self._manager.best_step()
 
     def save(self, state: TrainState, *, data: Any = None, metrics: Mapping[str, float] | None = None) -> None:
         """Writes a checkpoint of a state, in the background; every process has to call it.
+
+        It is numbered by the state's step, or by the number after the last one where there is one of that step already.
 
         Args:
           state: the state. Its arrays are copied before this returns, so the next step may donate them.
@@ -125,31 +130,32 @@ class Runs:
         page = {**self._page(state, held), "data": data}
         items = ocp.args.Composite(**{ARRAYS: ocp.args.StandardSave(held), PAGE: ocp.args.JsonSave(page)})
         told = None if metrics is None else {name: float(value) for name, value in metrics.items()}
-        self._manager.save(int(state.step), args=items, metrics=told, force=True)
+        self._last = max(int(state.step), self._last + 1)
+        self._manager.save(self._last, args=items, metrics=told, force=True)
 
-    def restore(self, state: TrainState, step: int | None = None) -> tuple[TrainState, Any] | None:
+    def restore(self, state: TrainState, number: int | None = None) -> tuple[TrainState, Any] | None:
         """The state of a checkpoint, and where the data stood.
 
         Args:
           state: one like it, of the same base, method and optimizer, such as a fresh `train_state`: it gives the base's
             buffers and, for every array, where it lies. The mesh may be another than the saved one's.
-          step: which checkpoint; None for the latest.
+          number: which checkpoint; None for the latest.
 
         Returns:
           `(state, data)`, or None where there is no checkpoint.
 
         Raises:
-          ValueError: another method, base, optimizer or rank, with what was found and expected; or no such step.
+          ValueError: another method, base, optimizer or rank, with what was found and expected; or no such checkpoint.
         """
-        steps = self.steps
-        if step is None and not steps:
+        numbers = self.numbers
+        if number is None and not numbers:
             return None
-        if step is not None and step not in steps:
-            raise ValueError(f"{self.folder} holds no checkpoint of step {step}; expected one of {steps}")
-        at = steps[-1] if step is None else step
+        if number is not None and number not in numbers:
+            raise ValueError(f"{self.folder} holds no checkpoint {number}; expected one of {numbers}")
+        at = numbers[-1] if number is None else number
         page = self._manager.restore(at, args=ocp.args.Composite(**{PAGE: ocp.args.JsonRestore()}))[PAGE]
         held = _held(state)
-        self._compare(f"{self.folder}, step {at}", page, self._page(state, held))
+        self._compare(f"{self.folder}, checkpoint {at}", page, self._page(state, held))
         like = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in held.items()}
         found = self._manager.restore(at, args=ocp.args.Composite(**{ARRAYS: ocp.args.StandardRestore(like)}))[ARRAYS]
         return _filled(state, found), page["data"]
@@ -163,6 +169,7 @@ class Runs:
             "format": FORMAT,
             "method": json.loads(json.dumps(self.method.to_dict())),
             "roles": None if self.roles is None else json.loads(json.dumps(self.roles.to_dict())),
+            "settings": json.loads(json.dumps(self.settings)),
             "base": self._base[1],
             "arrays": {name: short(x) for name, x in held.items()},
         }
@@ -177,12 +184,13 @@ class Runs:
             if found[part] != expected[part]:
                 raise ValueError(f"{where} has another {part}:\n  found    {found[part]}\n  expected {expected[part]}")
         compare(found["base"], expected["base"], where)
-        old, new = found["arrays"], expected["arrays"]
-        odd = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
-        if odd:
-            lines = [f"{name}: found {old.get(name, 'none')}, expected {new.get(name, 'none')}" for name in odd[:5]]
-            more = [f"and {len(odd) - 5} more"] if len(odd) > 5 else []
-            raise ValueError(f"{where} is of another optimizer or tree:\n  " + "\n  ".join(lines + more))
+        for part, what in (("settings", "other settings"), ("arrays", "another optimizer or tree")):
+            old, new = found[part], expected[part]
+            odd = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+            if odd:
+                lines = [f"{name}: found {old.get(name, 'none')}, expected {new.get(name, 'none')}" for name in odd[:5]]
+                more = [f"and {len(odd) - 5} more"] if len(odd) > 5 else []
+                raise ValueError(f"{where} has {what}:\n  " + "\n  ".join(lines + more))
 
 
 def _is_ours(name: str) -> bool:

@@ -84,6 +84,23 @@ def by_rules(rules: Rules, params: Any, mesh: Mesh) -> Any:
     return _fitting([spec_of[path] for path in paths], params, mesh)
 
 
+def within(rules: Rules, mesh: Mesh) -> Rules:
+    """The rules with only the axes that a mesh has, so that one page of rules serves every mesh.
+
+    Example:
+      >>> mesh = make_mesh("data:1", jax.devices()[:1])
+      >>> [tuple(spec) for _, spec in within([("w", PartitionSpec(("data", "fsdp"), "model"))], mesh)]
+      [(('data',), None)]
+    """
+
+    def kept(entry: Any) -> Any:
+        if isinstance(entry, tuple):
+            return tuple(name for name in entry if name in mesh.axis_names) or None
+        return entry if entry in mesh.axis_names else None
+
+    return [(pattern, PartitionSpec(*map(kept, spec))) for pattern, spec in rules]
+
+
 def by_metadata(params: Any, mesh: Mesh, axes: Mapping[str, Any] | None = None) -> Any:
     """The partition of every leaf of a base model, from its own metadata: `nn.Partitioned` boxes, NNX variables.
 

@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import grain
 import jax
 import numpy as np
+import optax
 import pytest
 from rich.console import Console
 from test_bert import SIZES, torch_tensors, write
@@ -150,8 +152,8 @@ def test_the_seed_draws_everything(finished, place):
     rows = data.load(str(place / "mine.csv"))
     seen = {}
 
-    def spy(apply, tuned, tx, epoch, validate, key, *_):
-        seen[len(seen)] = (pj.extract(tuned), [b["index"] for b in epoch(1)], jax.random.key_data(key))
+    def spy(step, state, epoch, *_):
+        seen[len(seen)] = (pj.extract(state.tuned), [b["index"] for b in epoch(1)], jax.random.key_data(state.key))
         return None
 
     with pytest.MonkeyPatch.context() as patch:
@@ -205,7 +207,7 @@ def test_training_never_reads_the_test_rows(finished, place, monkeypatch):
 def test_a_run_that_peeks_at_the_test_rows_fails(finished, place, monkeypatch):
     rows = data.load(str(place / "mine.csv"))
     monkeypatch.setattr(finetune.data, "load", lambda *_: rows)
-    monkeypatch.setattr(finetune, "train", lambda apply, tuned, *_: rows.test.open())
+    monkeypatch.setattr(finetune, "train", lambda *_: rows.test.open())
     with pytest.raises(RuntimeError, match="the test split was read before"):
         finetune.run(configured(place), Console(file=io.StringIO()))
 
@@ -222,50 +224,45 @@ class Silent:
 @pytest.fixture
 def loop():
     """`loop(scores, patience)`: what training gives, where the epochs score so."""
-    import optax
-
     params = {"w": np.ones((3, 2), np.float32)}
     tuned = pj.unfreeze("w").init(jax.random.key(0), params)
-    apply = pj.wrap(lambda params, batch, key: batch["ids"] @ params["w"])
-    batch = {
-        "ids": np.ones((2, 3), np.float32),
-        "label": np.array([0, 1]),
-        "weight": np.ones(2, np.float32),
-        "index": np.arange(2),
-    }
+    apply = pj.wrap(lambda params, batch: batch["ids"] @ params["w"])
+    batch = {"ids": np.ones((2, 3), np.float32), "label": np.zeros(2, np.int32), "weight": np.ones(2, np.float32)}
 
-    def run(scores, patience, rate=0.1):
-        left, seen = iter(scores), []
+    def run(scores, patience, rate=0.1, steps=1):
+        left, seen, tx = iter(scores), [], optax.sgd(rate)
 
         def validate(tuned):
             seen.append(np.asarray(tuned["w"].value))
             return train.Score(*next(left))
 
-        epoch = lambda _: [{**batch, "label": np.array([0, 0])}]
-        return train.train(
-            apply, tuned, optax.sgd(rate), epoch, validate, jax.random.key(0), len(scores), patience, Silent()
-        ), seen
+        step = pj.make_train_step(apply, train.cross_entropy, tx)
+        limits = train.Limits(len(scores), patience)
+        epoch = lambda _: grain.MapDataset.source([batch] * steps)
+        return train.train(step, pj.train_state(tuned, tx), epoch, validate, limits, Silent()), seen
 
     return run
 
 
 def test_the_best_epoch_is_kept(loop):
     trained, seen = loop([(0.5, 1.0), (0.7, 1.0), (0.7, 1.2), (0.6, 0.5)], patience=2)
-    assert trained.best == 2 and len(trained.scores) == 4 == len(trained.seconds)
+    assert trained.progress.best == 2 and len(trained.progress.scores) == 4 == len(trained.progress.seconds)
     np.testing.assert_array_equal(trained.tuned["w"].value, seen[1])
     assert not np.array_equal(seen[1], seen[3])
 
 
 def test_stops_when_the_score_no_longer_rises(loop):
     trained, seen = loop([(0.5, 1.0), (0.5, 1.0), (0.9, 0.1)], patience=1)
-    assert trained.best == 1 and len(seen) == 2
+    assert trained.progress.best == 1 and len(seen) == 2
     trained, seen = loop([(0.5, 1.0), (0.5, 0.9), (0.4, 0.1)], patience=1)
-    assert trained.best == 2 and len(seen) == 3
+    assert trained.progress.best == 2 and len(seen) == 3
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(loop):
-    with pytest.raises(FloatingPointError, match="the loss is nan at step 1: is the learning rate too high"):
-        loop([(0.5, 1.0)] * 3, patience=3, rate=np.inf)
+def test_losses_that_are_not_finite_stop_the_run_after_a_few(loop):
+    with pytest.raises(FloatingPointError, match="5 steps in a row.*is the learning rate too high"):
+        loop([(0.5, 1.0)], patience=3, rate=np.nan, steps=9)
+    trained, seen = loop([(0.5, 1.0)], patience=3, rate=np.inf, steps=4)
+    np.testing.assert_array_equal(seen[0], np.ones((3, 2)))
 
 
 def test_scores():
@@ -298,7 +295,7 @@ def test_minilm(usual_promotion):
     assert len(jax.tree.leaves(params)) == 103 and sum(x.size for x in jax.tree.leaves(params)) == 22_713_216
     tokens = classifier.Tokens(folder, 16)
     texts = ["a man is eating food", "someone has a meal", "the stock market fell sharply today"]
-    batch = next(finetune.batches(tokens(texts), np.zeros(3, np.int32), 3, (16,)))
+    batch = finetune.batches(tokens(texts), np.zeros(3, np.int32), 3, (16,))[0]
     hidden, pooled = jax.jit(bert.Bert(config, "first").apply)({"params": params}, batch["ids"], batch["mask"])
     with usual_promotion():
         theirs = transformers.FlaxBertModel(transformers.BertConfig.from_pretrained(folder), _do_init=False)

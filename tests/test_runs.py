@@ -82,7 +82,7 @@ def test_the_next_step_may_donate_what_is_being_saved(tmp_path):
             kept.append(jax.tree.map(np.asarray, state.trainable))
             runs.save(state)
         runs.wait()
-        for k, want in zip(runs.steps, kept, strict=True):
+        for k, want in zip(runs.numbers, kept, strict=True):
             same(runs.restore(start(), k)[0].trainable, want)
 
 
@@ -110,7 +110,7 @@ def test_keeps_the_latest_and_the_best(tmp_path):
             state = run(step, state, [seed])
             runs.save(state, metrics={"loss": value})
             runs.wait()
-        assert runs.steps == [2, 4, 5] and runs.best == 2
+        assert runs.numbers == [2, 4, 5] and runs.best == 2
 
 
 def test_the_base_is_never_written(tmp_path):
@@ -157,7 +157,7 @@ def test_another_run_is_refused_and_named(tmp_path):
     with Runs(tmp_path / "a", METHOD) as runs:
         with pytest.raises(ValueError, match="up: other values"):
             runs.restore(pj.train_state(tuned, TX, key=KEY))
-        with pytest.raises(ValueError, match="no checkpoint of step 7; expected one of"):
+        with pytest.raises(ValueError, match="no checkpoint 7; expected one of"):
             runs.restore(start(), 7)
 
 

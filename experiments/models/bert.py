@@ -13,6 +13,7 @@ from typing import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(nn.gelu, approximate=False),
@@ -22,6 +23,14 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 POOLS = ("mean", "first")
 Dense = functools.partial(nn.Dense, kernel_init=nn.initializers.normal(0.02))
 Embed = functools.partial(nn.Embed, embedding_init=nn.initializers.normal(0.02))
+
+# Where a kernel lies on a mesh: attention's heads and the width of feed-forward over "model".
+RULES = (
+    (r".*/(query|key|value|intermediate/dense)/kernel", PartitionSpec("fsdp", "model")),
+    (r".*/(query|key|value|intermediate/dense)/bias", PartitionSpec("model")),
+    (r".*/output/dense/kernel", PartitionSpec("model", "fsdp")),
+    (r".*/word_embeddings/embedding", PartitionSpec("model", "fsdp")),
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,191 @@
+"""Runs that are stopped, by whatever, and go on: to the bit what they would have been."""
+
+import conftest  # noqa: F401  (for the processes started here: the same platform, and what is compiled is shared)
+
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import time
+from pathlib import Path
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import peftjax as pj
+from experiments import train
+from experiments.interruption import Interrupted
+from peftjax.runs import Runs
+
+pytestmark = pytest.mark.third_party  # optax's own promotions
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["test_resume"])
+METHOD = pj.lora(rank=2, dropout=0.2, targets=("up", "down"))
+STEPS, EPOCHS = 12, 3
+
+
+class Silent:
+    def epoch(self, *_): ...
+    def step(self, *_): ...
+    def score(self, *_): ...
+
+
+def go(folder, pause=0.0, seen=None, limit=None):
+    """Trains a small network, from the checkpoint in `folder` if there is one; what it ends with goes into a file there.
+
+    `seen` is a file that gets a byte per step; `limit` is the largest file that may be written, in bytes.
+    """
+    if limit is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    params = {"up": normal(64, 512) / 8, "down": normal(512, 2) / 20}
+    fn = lambda params, batch, key=None: jnp.tanh(batch["ids"] @ params["up"]) @ params["down"]
+    rows = [
+        {"ids": normal(4, 64), "label": rng.integers(0, 2, 4), "weight": np.ones(4, np.float32)} for _ in range(STEPS)
+    ]
+    apply, tuned = pj.attach(METHOD, fn, params, rows[0], key=jax.random.key(0))
+    tx = optax.adamw(1e-2)
+    step = pj.make_train_step(apply, train.cross_entropy, tx)
+
+    def slow(state, batch):
+        time.sleep(pause)
+        if seen is not None:
+            with open(seen, "ab") as file:
+                file.write(b".")
+        return step(state, batch)
+
+    def validate(tuned):
+        kernel = np.asarray(pj.merge(tuned)["down"])
+        return train.Score(0.5, float(np.abs(kernel).sum()))
+
+    epoch = lambda number: grain.MapDataset.source(rows).seed(number).shuffle()
+    state = pj.train_state(tuned, tx, key=jax.random.key(1))
+    with Runs(Path(folder) / "runs", METHOD, metric="epoch", lowest=False) as runs:
+        trained = train.train(slow, state, epoch, validate, train.Limits(EPOCHS, EPOCHS), Silent(), runs, every=2)
+    progress = {k: v for k, v in trained.progress.to_dict().items() if k != "seconds"}
+    np.savez(
+        Path(folder) / "end.npz",
+        progress=json.dumps(progress),
+        **{k.replace("/", "."): v for k, v in pj.extract(trained.tuned).items()},
+    )
+
+
+def started(folder, **options):
+    process = PROCESSES.Process(target=go, args=(folder,), kwargs=options)
+    process.start()
+    return process
+
+
+def ended(folder):
+    with np.load(folder / "end.npz") as found:
+        return {name: found[name] for name in found.files}
+
+
+def same(got, want):
+    assert set(got) == set(want)
+    for name, x in want.items():
+        np.testing.assert_array_equal(got[name], x, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """How a run ends that nothing stops."""
+    folder = tmp_path_factory.mktemp("whole")
+    process = started(folder, pause=0.02)
+    process.join()
+    assert process.exitcode == 0
+    return ended(folder)
+
+
+def killed_and_restarted(folder, whole, kills):
+    """Kills a run `kills` times, at random moments after its first step in each life, and lets the last life end."""
+    draw, seen = random.Random(0), folder / "seen"
+    for _ in range(kills):
+        seen.write_bytes(b"")
+        process = started(folder, pause=0.02, seen=seen)
+        while process.is_alive() and not seen.stat().st_size:
+            time.sleep(0.002)
+        time.sleep(draw.random() * 6 * 0.03)  # six steps, with three saves among them
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    process = started(folder)
+    process.join()
+    assert process.exitcode == 0
+    same(ended(folder), whole)
+    left = [x.name for x in (folder / "runs").iterdir()]
+    assert all(name.isdigit() for name in left), left
+
+
+def test_killed_at_random_moments_it_goes_on_bit_by_bit(whole, tmp_path):
+    killed_and_restarted(tmp_path, whole, 3)
+
+
+@pytest.mark.full
+def test_killed_at_twenty_random_moments(whole, tmp_path):
+    killed_and_restarted(tmp_path, whole, 20)
+
+
+def test_sigterm_saves_and_ends_the_run(whole, tmp_path):
+    seen = tmp_path / "seen"
+    seen.write_bytes(b"")
+    process = started(tmp_path, pause=0.05, seen=seen)
+    while process.is_alive() and seen.stat().st_size < 5:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(10)
+    assert process.exitcode not in (0, None)
+    done = seen.stat().st_size
+    with Runs(tmp_path / "runs", METHOD) as runs:
+        assert runs.numbers[-1] == done
+    process = started(tmp_path)
+    process.join()
+    same(ended(tmp_path), whole)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(whole, tmp_path):
+    seen = tmp_path / "seen"
+    seen.write_bytes(b"")
+    process = started(tmp_path, pause=0.02, seen=seen)
+    while process.is_alive() and seen.stat().st_size < 8:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    with Runs(tmp_path / "runs", METHOD) as runs:
+        before = runs.numbers
+    assert before
+    process = started(tmp_path, limit=2000)  # what is saved is larger
+    process.join()
+    assert process.exitcode != 0
+    with Runs(tmp_path / "runs", METHOD) as runs:
+        assert runs.numbers == before
+    process = started(tmp_path)
+    process.join()
+    same(ended(tmp_path), whole)
+
+
+def test_nothing_is_done_again_when_a_run_has_ended(whole, tmp_path):
+    go(tmp_path)
+    seen = tmp_path / "seen"
+    seen.write_bytes(b"")
+    go(tmp_path, seen=seen)
+    assert seen.stat().st_size == 0
+    same(ended(tmp_path), whole)
+
+
+def test_sigterm_without_checkpoints_is_left_alone():
+    from experiments.interruption import Interruption
+
+    before = signal.getsignal(signal.SIGTERM)
+    with Interruption(None) as interruption:
+        assert signal.getsignal(signal.SIGTERM) is before
+        interruption.check(1, lambda: None)
+    assert issubclass(Interrupted, Exception)
