@@ -122,11 +122,14 @@ def train(
         now = Progress.from_dict(found[1])
         best = None if runs.best is None else runs.restore(state, runs.best)
         kept, state = (found if best is None else best)[0], found[0]
-    kept = _copy(kept)
+    kept, saved = _copy(kept), None
 
     def save(**metrics: float) -> None:
-        if runs is not None:
+        nonlocal saved
+        at = (int(state.step), now.epoch)
+        if runs is not None and at != saved:
             runs.save(state, data=now.to_dict(), metrics=metrics or None)
+            saved = at
 
     with Interruption(runs) as interruption:
         while now.epoch <= limits.epochs and (now.best == 0 or now.epoch - 1 - now.best < limits.patience):

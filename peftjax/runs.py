@@ -104,7 +104,8 @@ class Runs:
     @property
     def numbers(self) -> list[int]:
         """The numbers of the checkpoints that are there and whole, in rising order."""
-        return sorted(self._manager.all_steps(read=True))
+        self.wait()
+        return sorted(self._manager.all_steps())
 
     @property
     def best(self) -> int | None:
