@@ -21,6 +21,7 @@ from peftjax.methods.dora import dora as dora
 from peftjax.methods.ia3 import ia3 as ia3
 from peftjax.methods.loha import loha as loha
 from peftjax.methods.lora import lora as lora
+from peftjax.methods.oft import oft as oft
 from peftjax.methods.p_tuning import p_tuning as p_tuning
 from peftjax.methods.prefix import prefix as prefix
 from peftjax.methods.prompt import prompt as prompt

@@ -102,6 +102,15 @@ def like(y: Any, kind: Any) -> Any:
     return jax.sharding.reshard(y, kind.sharding)
 
 
+def whole(x: Any, start: int) -> Any:
+    """x with the dimensions from `start` on whole on every device, where its mesh has explicit axes; else x."""
+    spec = explicit_spec(x)
+    if spec is None or not any(spec[start:]):
+        return x
+    entries = (*spec[:start], *(None,) * (jnp.ndim(x) - start))
+    return jax.sharding.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*entries)))
+
+
 def gathered(x: Any) -> Any:
     """x whole on every device, where its mesh has explicit axes (a decomposition refuses a matrix in parts); else x."""
     if explicit_spec(x) is None:

@@ -33,7 +33,7 @@ def convolution(eqn: Any, operands: Sequence[Any], run: Run) -> list[Any] | None
         return summed(eqn, base, [make() for make in products])
 
     around = shared(w, ins, outs)
-    if any(product(t, x) is None for _, _, part in around for t in part.terms):
+    if around is None or any(product(t, x) is None for _, _, part in around for t in part.terms):
         return None
     return [outside(x, around, inner, ins, outs, sizes)]
 

@@ -52,6 +52,28 @@ class Factor:
         """The same factor as a view of it: another array, with these atoms or its own."""
         return dataclasses.replace(self, array=array, atoms=self.atoms if atoms is None else atoms)
 
+    @property
+    def along(self) -> Labels:
+        """The operator's axes whose entries it mixes; a factor that only multiplies has none."""
+        return ()
+
+    @property
+    def touches(self) -> set[Any]:
+        """The operator's axes, and inner ones, that it says something of."""
+        return set(self.atoms)
+
+    def follows(self, edit: Edit) -> bool:
+        """Whether it can be `edited`."""
+        return True
+
+    def backward(self) -> "Factor":
+        """What acts on an operator's input as this one acts on the operator."""
+        return self
+
+    def acting(self, x: "Factor") -> "Factor":
+        """Its product with an array that has all of its axes, in the array's dtype."""
+        return pair(x, self, set(x.atoms), lax.Precision.HIGHEST)
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=["dense", "factors", "key"], meta_fields=["uses", "rate"])
 @dataclasses.dataclass(frozen=True)
@@ -142,11 +164,27 @@ def _dense_term(term: Term, layout: Layout) -> Any:
     if term.rate and term.key is not None:
         raise ValueError("dropout acts on what a weight reads, so a weight with a dropout key has no dense value")
     wide = lambda x: x.astype(wide_dtype(x.dtype))
-    factors = tuple(Factor(wide(f.array), f.atoms) for f in term.factors)
+    factors = tuple(f.having(wide(f.array)) for f in term.factors)
     if term.dense is not None:
         factors = (Factor(wide(term.dense).reshape([layout.size(a) for a in layout.atoms]), layout.atoms), *factors)
     sizes = {a: layout.size(a) for a in layout.atoms}
-    return chain(factors[0], factors[1:], layout.atoms, sizes).reshape(layout.shape)
+    first, *rest = _mixed(factors, sizes)
+    return chain(first, rest, layout.atoms, sizes).reshape(layout.shape)
+
+
+def _mixed(factors: Sequence[Factor], sizes: dict[Any, int]) -> list[Factor]:
+    """The factors, where those that mix entries have acted on the product of those before them along the same axes."""
+    done: list[Factor] = []
+    for f in factors:
+        if f.along:
+            apart = [set(f.along).isdisjoint(g.atoms) for g in done]
+            held = [g for a, g in zip(apart, done) if not a]
+            labels = tuple(dict.fromkeys([*(a for g in held for a in g.atoms), *f.along]))
+            whole = len(held) == 1 and held[0].atoms == labels
+            one = held[0] if whole else Factor(chain(Factor(jnp.ones(()), ()), held, labels, sizes), labels)
+            done, f = [g for a, g in zip(apart, done) if a], f.acting(one)
+        done.append(f)
+    return done
 
 
 def wide_dtype(dtype: Any) -> Any:

@@ -7,6 +7,7 @@ from jax import lax
 
 from peftjax.factored import Factor, Term, Weight, chain, wide_dtype
 from peftjax.outputs import Run, split_terms, summed
+from peftjax.sides import outside, shared
 
 
 def lookup(eqn: Any, operands: Sequence[Any], run: Run) -> list[Any] | None:
@@ -32,6 +33,10 @@ def lookup(eqn: Any, operands: Sequence[Any], run: Run) -> list[Any] | None:
     )
     sizes: dict[Any, int] = dict(layout.sizes) | {("n", j): n for j, n in enumerate(ids.shape[:-1])}
 
+    around = shared(w, (), {*rows, *(a for dim in offsets for a in dim)})
+    if around is None:
+        return None
+
     def product(term: Term) -> Any:
         factors = [_gathered(f, ids, indexed, rows, eqn.params) for f in term.factors]
         if term.dense is not None:
@@ -41,14 +46,18 @@ def lookup(eqn: Any, operands: Sequence[Any], run: Run) -> list[Any] | None:
         factors.sort(key=lambda f: ("n", 0) not in f.atoms)
         return chain(factors[0], factors[1:], out, sizes)
 
-    return [summed(eqn, *split_terms(w, "gather", lambda array: run(eqn, [array, ids])[0], product))]
+    def inner(ids: Any, w: Weight) -> Any:
+        return summed(eqn, *split_terms(w, "gather", lambda array: run(eqn, [array, ids])[0], product))
+
+    parts = [(tuple(_gathered(f, ids, indexed, rows, eqn.params) for f in after), (), p) for after, _, p in around]
+    return [outside(ids, parts, inner, (), out, sizes)]
 
 
 def _gathered(f: Factor, ids: Any, indexed: dict[Any, int], rows: dict[Any, int], params: dict[str, Any]) -> Factor:
     """A factor's rows where the ids point; batch axes become the ids' own."""
     columns = [indexed[a] for a in f.atoms if a in indexed]
     if not columns:
-        return Factor(f.array, tuple(("n", rows[a]) if a in rows else a for a in f.atoms))
+        return f.having(f.array, tuple(("n", rows[a]) if a in rows else a for a in f.atoms))
     taken = tuple(k for k, a in enumerate(f.atoms) if a in indexed)
     batch = tuple(k for k, a in enumerate(f.atoms) if a in rows)
     rest = tuple(k for k, a in enumerate(f.atoms) if a not in indexed and a not in rows)

@@ -28,6 +28,8 @@ def ragged(eqn: Any, operands: Sequence[Any], run: Run) -> list[Any] | None:
     if group is None:
         return None
     parts = shared(w, (), (group, *writes))
+    if parts is None:
+        return None
     outs, sizes = ("rows", *writes), {**dict(w.layout.sizes), "rows": x.shape[0]}
     if any(_ragged_order(t, reads, writes, group) is None for *_, p in parts for t in p.terms if not _is_plain(t)):
         return None

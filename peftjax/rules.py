@@ -35,6 +35,8 @@ def _view(eqn: Any, operands: Sequence[Any], run: Run) -> list[Any] | None:
     views = follow(eqn.primitive.name, eqn.params, w.layout)
     if views is None or not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
         return None
+    if not all(f.follows(e) for _, edits in views for e in edits for t in w.terms for f in t.factors):
+        return None
     stop = eqn.primitive.name == "stop_gradient"
     ran = [None if t.dense is None else run(eqn, [t.dense, *rest]) for t in w.terms]
     outs = []
@@ -61,6 +63,9 @@ def _dot(eqn: Any, operands: Sequence[Any], run: Run) -> list[Any] | None:
     w, x = operands[side].only_for("dot_general"), operands[1 - side]
     x = dense(x) if isinstance(x, Weight) else x
     flat, out, sizes = _dot_labels(eqn, w, x, side)
+    around = shared(w, flat, out)
+    if around is None:
+        return None
     reads, writes = ({a for a in w.layout.atoms if a in labels} for labels in (flat, out))
 
     def plain(x: Any, array: Any) -> Any:
@@ -82,7 +87,7 @@ def _dot(eqn: Any, operands: Sequence[Any], run: Run) -> list[Any] | None:
     def inner(x: Any, w: Weight) -> Any:
         return folded(x, w, plain, outputs) if rows >= read and can_fold(w, x) else outputs(x, w)
 
-    return [outside(x, shared(w, flat, out), inner, flat, out, sizes)]
+    return [outside(x, around, inner, flat, out, sizes)]
 
 
 def _dot_labels(eqn: Any, w: Weight, x: Any, side: int) -> tuple[tuple[Any, ...], tuple[Any, ...], dict[Any, int]]:

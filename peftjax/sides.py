@@ -5,9 +5,8 @@ import functools
 import operator
 from typing import Any, Callable, Collection, Sequence
 
-from jax import lax
-
-from peftjax.factored import Factor, Labels, Term, Weight, chain, wide_dtype
+from peftjax import compat
+from peftjax.factored import Factor, Labels, Term, Weight, wide_dtype
 
 Sides = tuple[tuple[Factor, ...], tuple[Factor, ...]]
 
@@ -31,7 +30,9 @@ def changed(x: Any, labels: Labels, factors: Sequence[Factor], sizes: dict[Any, 
     if not factors:
         return x
     wide = Factor(x.astype(wide_dtype(x.dtype)).reshape([sizes[a] for a in labels]), labels)
-    return chain(wide, factors, labels, sizes, lax.Precision.HIGHEST).reshape(x.shape).astype(x.dtype)
+    for factor in factors:
+        wide = factor.acting(wide)
+    return compat.like(wide.array.reshape(x.shape).astype(x.dtype), compat.type_of(x))
 
 
 def between(
@@ -52,19 +53,38 @@ def between(
 Shared = Sequence[tuple[tuple[Factor, ...], tuple[Factor, ...], Weight]]
 
 
-def shared(w: Weight, ins: Collection[Any], outs: Collection[Any]) -> Shared:
-    """The operator in parts: the factors that a part's terms share on its output's axes, then its input's; the rest."""
-    return [(after, before, part) for after, rest in _apart(w, outs) for before, part in _apart(rest, ins)]
+def shared(w: Weight, ins: Collection[Any], outs: Collection[Any]) -> Shared | None:
+    """The operator in parts: the factors that a part's terms share on its output's axes, then its input's; the rest.
+
+    Both are in the order in which they act. None where a factor that mixes entries can act on neither side.
+    """
+    parts = [
+        (after, tuple(f.backward() for f in reversed(before)), part)
+        for after, rest in _apart(w, outs)
+        for before, part in _apart(rest, ins)
+    ]
+    return None if any(f.along for *_, part in parts for t in part.terms for f in t.factors) else parts
 
 
 def _apart(w: Weight, atoms: Collection[Any]) -> list[tuple[tuple[Factor, ...], Weight]]:
     groups: dict[tuple[int, ...], tuple[tuple[Factor, ...], list[Term]]] = {}
     for term in w.terms:
-        is_apart = [bool(f.shared) and set(f.atoms) <= set(atoms) for f in term.factors]
+        is_apart = _outermost(term.factors, atoms)
         apart = tuple(f for f, a in zip(term.factors, is_apart) if a)
         _, terms = groups.setdefault(tuple(f.shared for f in apart), (apart, []))
         terms.append(dataclasses.replace(term, factors=tuple(f for f, a in zip(term.factors, is_apart) if not a)))
     return [(apart, dataclasses.replace(w, terms=tuple(terms))) for apart, terms in groups.values()]
+
+
+def _outermost(factors: Sequence[Factor], atoms: Collection[Any]) -> list[bool]:
+    """Which shared factors have these axes alone, and change places with every later one that does not."""
+    found: list[bool] = []
+    staying: list[Factor] = []
+    for f in reversed(factors):
+        passes = all(f.touches.isdisjoint(g.along) and g.touches.isdisjoint(f.along) for g in staying)
+        found.insert(0, bool(f.shared) and f.touches <= set(atoms) and passes)
+        staying += [] if found[0] else [f]
+    return found
 
 
 def outside(

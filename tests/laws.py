@@ -35,6 +35,7 @@ from peftjax.methods.ia3 import IA3
 from peftjax.methods.dora import DoRA
 from peftjax.methods.loha import LoHa
 from peftjax.methods.lora import LoRA
+from peftjax.methods.oft import OFT
 from peftjax.methods.unfreeze import Full
 from peftjax.methods.vera import VeRA
 from peftjax.overlay import Output, is_overlay, layers
@@ -169,6 +170,9 @@ METHODS: dict[str, Row] = {
     "ia3_feedforward": Row(lambda m: pj.ia3((), m.targets), refuses=_groups),
     "loha": Row(lambda m: pj.loha(rank=2, alpha=6, targets=m.targets)),
     "adalora": Row(lambda m: pj.adalora(rank=2, target_rank=1, alpha=6, total_steps=9, targets=m.targets)),
+    "oft": Row(lambda m: pj.oft(block_size=2, targets=m.targets)),
+    "oft_neumann": Row(lambda m: pj.oft(rank=1, neumann_terms=5, targets=m.targets)),
+    "oft_shared": Row(lambda m: pj.oft(rank=2, share=True, eps=0.2, targets=m.targets)),
 }
 
 
@@ -219,6 +223,37 @@ def _dense_adalora(x: AdaLoRA, base: Any) -> Any:
     return base + jnp.einsum(f"{a},{stacked}R,{b},{stacked}->{w}", x.a, x.e, x.b, x.scale)
 
 
+def _dense_oft(x: OFT, base: Any) -> Any:
+    """R as one matrix over all inputs, entry by entry: `x.turns` are the axes that count as one."""
+    wide = [base.shape[k] for k in x.turns]
+    stacked = [k for k, letter in enumerate(x.axes) if letter in "sb"]
+    rest = [k for k in range(len(x.axes)) if k not in (*stacked, *x.turns)]
+    w = jnp.transpose(base, (*stacked, *x.turns, *rest)).reshape(*(base.shape[k] for k in stacked), np.prod(wide), -1)
+    one = functools.reduce(lambda f, _: jax.vmap(f), stacked, lambda *args: _turned(x, *args))
+    y = one(w, x.upper, x.scale).reshape([base.shape[k] for k in (*stacked, *x.turns, *rest)])
+    return jnp.transpose(y, np.argsort((*stacked, *x.turns, *rest)))
+
+
+def _turned(x: OFT, w: Any, upper: Any, scale: Any) -> Any:
+    n, b = w.shape[0], x.size
+    if x.eps is not None:
+        for_all = jnp.sqrt(2 * jnp.sum(jax.lax.stop_gradient(upper) ** 2, 1)) * np.sqrt(len(upper)) / x.eps
+        inside = jax.lax.stop_gradient(upper) / jnp.maximum(for_all, 1)[:, None]
+        upper = inside + (upper - jax.lax.stop_gradient(upper))
+    q = jnp.zeros((n, n))
+    for block in range(n // b):
+        entries = iter(range(b * (b - 1) // 2))
+        for i in range(b):
+            for j in range(i + 1, b):
+                value = upper[block % len(upper), next(entries)]
+                at = block * b + i, block * b + j
+                q = q.at[at].set(value).at[at[::-1]].set(-value)
+    one = jnp.eye(n)
+    r = jnp.linalg.inv(one + q) @ (one - q) if x.series is None else one + 2 * q @ (one + q + q @ q) + q @ q @ q @ q
+    r = r.T if x.axes[x.turns[0]] == "o" else r
+    return w + scale * (r @ w - w)
+
+
 def _dense_vera(x: VeRA, base: Any) -> Any:
     w = string.ascii_lowercase[: len(x.axes)]
     i, o, stacked = ("".join(k for k, letter in zip(w, x.axes) if letter in letters) for letters in ("i", "o", "sb"))
@@ -243,6 +278,7 @@ ORACLES: dict[type, Callable[[Any, Any], Any]] = {
     IA3: _dense_ia3,
     LoHa: _dense_loha,
     LoRA: _dense_lora,
+    OFT: _dense_oft,
     VeRA: _dense_vera,
 }
 

@@ -1,0 +1,65 @@
+"""Turns: linear maps of a weight's features among themselves, block by block."""
+
+import dataclasses
+import math
+from functools import partial
+from typing import Any, Sequence
+
+import jax
+from jax import lax
+
+from peftjax import compat
+from peftjax.factored import Factor, Labels, pair
+from peftjax.views import Drop, Edit, Split
+
+BLOCK, ROW, COLUMN = "block", "row", "column"
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["atoms", "shared", "along"])
+@dataclasses.dataclass(frozen=True)
+class Turn(Factor):
+    """A factor that mixes entries: `W'[n, i] = sum_j M[n, i, j] W[n, j]`, the axes `along` flattened in their order.
+
+    The array M is (..., blocks, size, size), or (..., size, size) where all blocks share one map. It acts on what stands
+    before it among a term's factors, and does not change places with others along its axes.
+    """
+
+    along: Labels = ()
+
+    @property
+    def touches(self) -> set[Any]:
+        """The operator's axes that it has, or mixes."""
+        return {a for a in self.atoms if a not in (BLOCK, ROW, COLUMN)} | set(self.along)
+
+    def follows(self, edit: Edit) -> bool:
+        """Whether the map is still one of this kind after the operator's axes moved."""
+        return edit.atom not in self.along or isinstance(edit, (Split, Drop))
+
+    def edited(self, edit: Edit, operands: Sequence[Any]) -> Factor:
+        """The map after the operator's axes moved: parts of an axis stand in its place."""
+        if edit.atom not in self.along:
+            return super().edited(edit, operands)
+        k, parts = self.along.index(edit.atom), edit.parts if isinstance(edit, Split) else ()
+        return dataclasses.replace(self, along=(*self.along[:k], *parts, *self.along[k + 1 :]))
+
+    def backward(self) -> Factor:
+        """The map that acts on what a weight reads, where this one acts on the weight: its transpose."""
+        swap = {ROW: COLUMN, COLUMN: ROW}
+        return self.having(self.array, tuple(swap[a] if a in (ROW, COLUMN) else a for a in self.atoms))
+
+    def acting(self, x: Factor) -> Factor:
+        """The map of an array that has the axes `along`, which keeps its axes in their order."""
+        sizes = dict(zip(x.atoms, x.array.shape))
+        rest = tuple(a for a in x.atoms if a not in self.along)
+        last = lax.transpose(x.array, [x.atoms.index(a) for a in (*rest, *self.along)])
+        size = self.array.shape[self.atoms.index(ROW)]
+        number = math.prod(sizes[a] for a in self.along) // size
+        blocks = compat.whole(last, len(rest)).reshape(*(sizes[a] for a in rest), number, size)
+        labels = (*dict.fromkeys((*rest, *(a for a in self.atoms if a not in (ROW, COLUMN, BLOCK)))), BLOCK, ROW)
+        y = pair(Factor(blocks, (*rest, BLOCK, COLUMN)), self, set(labels), lax.Precision.HIGHEST)
+        sizes |= dict(zip(y.atoms, y.array.shape))
+        array = lax.transpose(y.array, [y.atoms.index(a) for a in labels])
+        order = (*labels[:-2], *self.along)
+        kept = (*(a for a in order if a not in x.atoms), *x.atoms)
+        flat = array.reshape([sizes[a] for a in order])
+        return Factor(lax.transpose(flat, [order.index(a) for a in kept]), kept)
