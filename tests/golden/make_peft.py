@@ -11,7 +11,7 @@ import numpy as np
 import peft
 import torch
 import transformers
-from peft import LoHaConfig, VeraConfig
+from peft import LoHaConfig, OFTConfig, VeraConfig
 
 GOLDEN = pathlib.Path(__file__).parent
 BASES = {"bert": transformers.BertForSequenceClassification, "llama": transformers.LlamaForCausalLM}
@@ -27,6 +27,23 @@ CASES = {
         **BERT,
     ),
     "llama/loha": LoHaConfig(r=2, alpha=5, target_modules=["q_proj", "v_proj", "down_proj"], **LLAMA),
+    "bert/oft": OFTConfig(
+        oft_block_size=12,  # which divides neither 16 nor 32: peft takes 8
+        target_modules=["query", "output.dense"],
+        use_cayley_neumann=False,
+        bias="oft_only",
+        **BERT,
+    ),
+    "llama/oft": OFTConfig(r=4, oft_block_size=0, target_modules=["q_proj", "down_proj", "embed_tokens"], **LLAMA),
+    "llama/oft_constrained": OFTConfig(
+        oft_block_size=4,
+        target_modules=["q_proj", "v_proj"],
+        use_cayley_neumann=False,
+        coft=True,
+        eps=0.5,
+        block_share=True,
+        **LLAMA,
+    ),
 }
 
 
