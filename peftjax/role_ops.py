@@ -27,6 +27,7 @@ from peftjax.role_values import (
     Act,
     Fixed,
     Pending,
+    Product,
     Source,
     Value,
     acts,
@@ -39,12 +40,13 @@ from peftjax.role_values import (
 PARTS = ("slice", "dynamic_slice", "split", "rev")  # views that are another array
 PASSED = ("optimization_barrier", "mesh_cast")  # each output is an operand
 MOVING = frozenset(
-    "clamp concatenate sort gather dynamic_update_slice pad scatter scatter-add scatter_add scatter-mul scatter_mul "
+    "clamp concatenate stack tile sort gather dynamic_update_slice pad scatter scatter-add scatter_add scatter-mul scatter_mul "
     "scatter-min scatter_min scatter-max scatter_max reduce psum psum_invariant all_gather all_gather_invariant "
     "reduce_scatter all_to_all ppermute pmax pmin reduce_sum reduce_max reduce_min select_and_gather_add".split()
 )
+TURNS = (*ADDS, "sub", "complex")
 LINEAR = frozenset(
-    "add add_any sub neg mul select_n div reduce_sum concatenate pad dynamic_update_slice gather cumsum real "
+    "add add_any sub neg mul select_n div reduce_sum concatenate stack tile pad dynamic_update_slice gather cumsum real "
     "reduce_window_sum dot_general slice dynamic_slice split rev psum psum_invariant all_gather all_gather_invariant "
     "reduce_scatter all_to_all ppermute reduce_precision scatter-add scatter_add".split()
 )
@@ -93,9 +95,9 @@ def meet(book: Book, eqn: Any, operands: Sequence[Value]) -> list[Value]:
     derived = derive(name, operands) if len(eqn.outvars) == 1 else None
     pending = None if residual else carried(name, eqn, operands, biased)
     since: frozenset[str] = frozenset() if residual else history(eqn, operands)
-    act = functools.partial(
-        Act, pending=pending, derived=derived, heads=heads(operands), data=any_data(operands), since=since
-    )
+    sums = None if residual else summed(name, operands)
+    known = functools.partial(Act, pending=pending, derived=derived, sums=sums, since=since)
+    act = functools.partial(known, heads=heads(operands), data=any_data(operands))
     outs = [act(uniform=math.prod(v.aval.shape) == 1) for v in eqn.outvars]
     if residual:
         product, stream = residual
@@ -123,6 +125,22 @@ def history(eqn: Any, operands: Sequence[Value]) -> frozenset[str]:
             return before
         return before | {MIXING if all(KERNEL in v.since for v in both) else UNKNOWN}
     return before | {UNKNOWN}
+
+
+def summed(name: str, operands: Sequence[Value]) -> Product | None:
+    """The one product that an output is made of sums of; notes on it where it meets itself, or what is not linear."""
+    found = [(k, v.sums) for k, v in enumerate(operands) if isinstance(v, Act) and v.sums]
+    if not found or any(product is not found[0][1] for _, product in found):
+        return None
+    k, product = found[0]
+    if name == "dot_general" and len(acts(operands)) > 1:
+        return None
+    if len(found) > 1:
+        product.turned |= name in TURNS
+        product.bent |= name not in (*TURNS, *MOVING, "select_n")
+    else:
+        product.bent |= name not in LINEAR or k > 0 and name in FIRST_ONLY
+    return None if product.bent else product
 
 
 def is_residual(book: Book, eqn: Any, operands: Sequence[Value]) -> Any:

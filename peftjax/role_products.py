@@ -38,7 +38,8 @@ def finish(book: Book, eqn: Any, kernel: Fixed, data: Sequence[Value], letters: 
     axes: dict[Any, str] = {(k,): letter for k, letter in enumerate(letters.out)}
     pending = Pending(product, Layout.of(shape), axes, letters.places) if product else None
     head = frozenset({Head(book.time, kernel.primary[0].path)} if product else ())
-    return [Act(pending=pending, heads=head, data=known, uniform=math.prod(shape) == 1, since=before | {KERNEL})]
+    more = dict(uniform=math.prod(shape) == 1, sums=product, since=before | {KERNEL})
+    return [Act(pending=pending, heads=head, data=known, **more)]  # type: ignore[arg-type]
 
 
 def dot_general(book: Book, eqn: Any, operands: Sequence[Value]) -> Outs:

@@ -44,6 +44,8 @@ class Product:
     alive: bool = True
     total: Source | None = None  # the residual sum
     stream: Source | None = None  # what it was added to
+    turned: bool = False  # its entries are added to each other, as rotary positions add them
+    bent: bool = False  # something that is not linear happens to it before the next contraction
 
     def end(self) -> None:
         """Nothing linear follows."""
@@ -90,6 +92,7 @@ class Act:
     derived: Derived | None = None
     data: bool = True  # whether it depends on the function's other arguments
     uniform: bool = False  # whether its entries are all the same
+    sums: Product | None = None  # the product whose entries these are, or sums of them
     since: frozenset[str] = frozenset()  # what has happened since the last residual sum: KERNEL, MIXING, UNKNOWN
 
     @property

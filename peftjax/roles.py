@@ -45,6 +45,8 @@ class Role:
         unclear: which axes have parts of several kinds, and which equations made them so; else empty.
         follows: of a bias, for each of its axes those of its kernel that it lies along; None where that is not known, or
             where the bias is added to something else too.
+        rotary: of a kernel, whether entries of its output are added to each other, as rotary positions do.
+        bent: of a kernel, whether something happens to its output that is not linear before it is contracted again.
     """
 
     op: str
@@ -61,6 +63,8 @@ class Role:
     window: tuple[int, ...] = ()
     follows: tuple[tuple[int, ...], ...] | None = None
     unclear: str = ""
+    rotary: bool = False
+    bent: bool = False
 
 
 class Roles(Mapping[str, Role]):
@@ -132,7 +136,11 @@ class Roles(Mapping[str, Role]):
 def _remarks(role: Role) -> str:
     said = [f"bias {role.bias}" if role.bias else "", f"of {role.kernel}" if role.kernel else ""]
     said += [f"residual, after {role.sublayer}" if role.residual else "", f"then {role.norm}" if role.norm else ""]
-    said += ["head" if role.head else "", f"groups {role.groups}" if role.groups > 1 else ""]
+    said += [
+        "rotary" if role.rotary else "",
+        "head" if role.head else "",
+        f"groups {role.groups}" if role.groups > 1 else "",
+    ]
     return ", ".join(filter(None, said))
 
 
@@ -198,7 +206,8 @@ def _role(book: Book, path: str, order: int, head: bool) -> Role:
     sublayer = _sublayer(notes.product) if notes.product and notes.product.total else None
     more = dict(bias=notes.bias, kernel=notes.kernel, residual=sublayer is not None, norm=_norm(notes))
     more |= dict(sublayer=sublayer, head=head, groups=notes.groups, window=notes.window, follows=follows)  # type: ignore[dict-item]
-    more |= dict(unclear=notes.unclear)  # type: ignore[dict-item]
+    turned, bent = (bool(notes.product and getattr(notes.product, name)) for name in ("turned", "bent"))
+    more |= dict(unclear=notes.unclear, rotary=turned, bent=bent)  # type: ignore[dict-item]
     return Role(op, notes.axes, order, tuple(notes.uses), **more)  # type: ignore[arg-type]
 
 

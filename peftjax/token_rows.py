@@ -62,6 +62,10 @@ def check_rows(closed: Any, sequence: Sequence, args: list[Marked], kinds: Any, 
     if walk.shared:  # one jaxpr serves several layers, and not all of them have a prefix
         walk = Walk(sequence, walk.shared)
     outs = walk.run(closed.jaxpr, closed.consts, args)
+    if other := [path for path, named in walk.named.items() if not named]:
+        raise ValueError(
+            f"wrap_tokens: the table at {other[0]} is looked up by something else than the ids that are named"
+        )
     paths = jax.tree_util.tree_leaves_with_path(kinds)
     for out, (where, kind), short in zip(outs, paths, jax.tree.leaves(shorts), strict=True):
         marks, path = out.marks, path_of(where)
@@ -86,6 +90,7 @@ class Walk:
     def __init__(self, sequence: Sequence, without: Mapping[int, int]) -> None:
         self.sequence, self.without = sequence, without
         self.notes: list[str] = []
+        self.named: dict[str, bool] = {}  # of each table with a prompt, whether a lookup takes the prompt's ids
         self.visits: Counter[int] = Counter()
         self.rehearsing = False
 
@@ -176,10 +181,11 @@ class Walk:
         self.visits[id(eqn)] += 1
         for path, size in self.sequence.looked_up.get(id(eqn), ()):
             rows = set(range(size, size + self.sequence.span.prompt))
-            if len(operands) > 1 and operands[1].known is not None and not rows <= set(operands[1].known.ravel()):
-                raise ValueError(
-                    f"wrap_tokens: the table at {path} is looked up by something else than the ids that are named"
-                )
+            marked = [x for x in operands if (x.marks & PROMPT).any()]
+            named = any(
+                x.known is None or eqn.primitive.name != "gather" or rows <= set(x.known.ravel()) for x in marked
+            )
+            self.named[path] = self.named.get(path, False) or named
         if id(eqn) in self.sequence.acted and id(eqn) not in self.without:
             axis, features, ranges = self.sequence.acted[id(eqn)][0]
             outs = [outs[0].overwritten(axis, features, ranges, self.sequence.span), *outs[1:]]

@@ -82,7 +82,24 @@ def dynamic_slice(walk: Any, eqn: Any, operands: list[Marked], shapes: Any, jaxp
 
 def concatenate(walk: Any, eqn: Any, operands: list[Marked], shapes: Any, jaxpr: Any) -> list[Marked]:
     """One after the other."""
-    axis = eqn.params["dimension"]
+    return [_joined(operands, eqn.params["dimension"], shapes[0])]
+
+
+def stack(walk: Any, eqn: Any, operands: list[Marked], shapes: Any, jaxpr: Any) -> list[Marked]:
+    """Beside each other, along a new axis."""
+    axis = eqn.params["axis"] % len(shapes[0])
+    one = lambda x: x.mapped((*x.shape[:axis], 1, *x.shape[axis:]), lambda a: np.expand_dims(a, axis))
+    return [_joined([one(x) for x in operands], axis, shapes[0])]
+
+
+def tile(walk: Any, eqn: Any, operands: list[Marked], shapes: Any, jaxpr: Any) -> list[Marked]:
+    """Several times after itself."""
+    reps, x = eqn.params["reps"], operands[0]
+    whole = x.whole([k for k, n in enumerate(reps) if n > 1])
+    return [whole.mapped(shapes[0], lambda a: np.tile(a, reps))]
+
+
+def _joined(operands: list[Marked], axis: int, shape: Any) -> Marked:
     wide = [x.whole((axis,)) for x in operands]
 
     def joined(arrays: Any) -> np.ndarray:
@@ -95,7 +112,7 @@ def concatenate(walk: Any, eqn: Any, operands: list[Marked], shapes: Any, jaxpr:
         None if any(getattr(x, s) is None for x in wide) else f(getattr(x, s) for x in wide)
         for s, f in (("low", min), ("high", max))
     ]
-    return [Marked(shapes[0], joined([x.marks for x in wide]), known, *bounds)]
+    return Marked(tuple(shape), joined([x.marks for x in wide]), known, *bounds)
 
 
 def pad(walk: Any, eqn: Any, operands: list[Marked], shapes: Any, jaxpr: Any) -> list[Marked]:
@@ -136,6 +153,8 @@ RULES: dict[str, Rule] = {
     "gather": gather,
     "dynamic_slice": dynamic_slice,
     "concatenate": concatenate,
+    "stack": stack,
+    "tile": tile,
     "pad": pad,
     "iota": iota,
 }

@@ -79,7 +79,7 @@ def wrap_tokens(
       The function. Its outputs have the lengths of x; a tree without virtual tokens runs as `peftjax.wrap` runs it.
 
     Raises:
-      ValueError: an argument that is not there or has no axis of tokens, packed sequences, a table of positions that is
+      ValueError: an argument that is not there or has no axis of tokens, `shift` of positions that the model makes itself, packed sequences, a table of positions that is
         too short, a projection without an axis of tokens, or an output that would depend on virtual rows.
 
     Example:
@@ -125,6 +125,11 @@ def _evaluate(fn: Any, names: Names, call: Call, given: Seq[Any]) -> tuple[Any, 
     ]
     closed, shape = _traced(fn, call, types(long), long - size)
     first = _is_first(names, closed, prompt + prefix)
+    if names.shift not in (None, first) and "positions" not in found:
+        raise ValueError(
+            f"wrap_tokens: shift={names.shift} with virtual tokens {'first' if first else 'last'} needs the tokens' positions, "
+            "which this model makes itself; expected an argument with them (`positions=`)"
+        )
     span = Span(long, 0 if first else size, prompt, prefix)
     sequence, other_shape = _compared(fn, call, types, closed, size, span)
     active = functools.reduce(

@@ -1,5 +1,6 @@
 """The golden adapters: files that other libraries saved, and the logits that their models gave with them."""
 
+import contextlib
 import functools
 import pathlib
 import warnings
@@ -26,9 +27,33 @@ def flax_tree(tensors, tree):
     """Torch's tensors as the parameters of an unmodified Flax model."""
     made = {}
     for path in flatten_dict(tree):
-        tensor = tensors[".".join((*path[:-1], "bias" if path[-1] == "bias" else "weight"))]
+        last = {"kernel": "weight", "embedding": "weight", "scale": "weight"}.get(path[-1], path[-1])
+        tensor = tensors[".".join((*path[:-1], last))]
         made[path] = jnp.asarray(tensor.T if path[-1] == "kernel" else tensor)
     return unflatten_dict(made)
+
+
+KINDS = {
+    "bert": ("BertConfig", "FlaxBertForSequenceClassification"),
+    "llama": ("LlamaConfig", "FlaxLlamaForCausalLM"),
+    "gpt2": ("GPT2Config", "FlaxGPT2LMHeadModel"),
+    "t5": ("T5Config", "FlaxT5ForConditionalGeneration"),
+    "bart": ("BartConfig", "FlaxBartForConditionalGeneration"),
+}
+SEQ2SEQ = ("t5", "bart")
+KEY_HEADS = {"bert": 4, "llama": 2, "gpt2": 4}
+
+
+@contextlib.contextmanager
+def usual():
+    """JAX as transformers' models expect it: its usual promotions, and the names that `clip` had."""
+    clip, renamed = jnp.clip, {"a_min": "min", "a_max": "max"}
+    jnp.clip = lambda x, *args, **kwargs: clip(x, *args, **{renamed.get(k, k): v for k, v in kwargs.items()})
+    try:
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            yield
+    finally:
+        jnp.clip = clip
 
 
 @functools.lru_cache
@@ -36,13 +61,9 @@ def built(name):
     """An unmodified Flax model of transformers, and the parameters that its adapters are for."""
     import transformers
 
-    kinds = {
-        "bert": ("BertConfig", "FlaxBertForSequenceClassification"),
-        "llama": ("LlamaConfig", "FlaxLlamaForCausalLM"),
-    }
-    config, kind = (getattr(transformers, n) for n in kinds[name])
+    config, kind = (getattr(transformers, n) for n in KINDS[name])
     folder = GOLDEN / name / "base"
-    with warnings.catch_warnings(), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with warnings.catch_warnings(), usual():
         warnings.simplefilter("ignore")
         made = kind(config.from_json_file(folder / "config.json"))
     return made, flax_tree(load_file(folder / "model.safetensors"), made.params)
@@ -56,11 +77,23 @@ def model(name):
     ids, masks = jnp.asarray(given["input_ids"]), {k: jnp.asarray(given[f"mask_{k}"]) for k in MASKS}
 
     def fn(params, ids, mask, positions=None):
-        return made(ids, attention_mask=mask, position_ids=positions, params=params).logits
+        with usual():
+            return made(ids, attention_mask=mask, position_ids=positions, params=params).logits
 
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        roles = pj.roles(fn, params, ids, masks["full"])
-    return fn, params, roles, ids, masks
+    def of_two(params, ids, mask, decoder_ids=None, decoder_mask=None, decoder_positions=None):
+        more = {"decoder_input_ids": given["decoder_input_ids"] if decoder_ids is None else decoder_ids}
+        more |= {"decoder_attention_mask": decoder_mask}
+        more |= {} if name == "t5" else {"decoder_position_ids": decoder_positions}
+        with usual():
+            return made(ids, attention_mask=mask, params=params, **more).logits
+
+    fn = of_two if name in SEQ2SEQ else fn
+    return fn, params, pj.roles(fn, params, ids, masks["full"]), ids, masks
+
+
+def rotary(name, adapter):
+    """What a reader and a writer have to know of rotary positions."""
+    return {"rope": 10000.0} if (name, adapter) == ("llama", "prefix") else {}
 
 
 def wrapped(name, adapter):
@@ -68,6 +101,15 @@ def wrapped(name, adapter):
     fn, _, _, ids, _ = model(name)
     if adapter not in SOFT:
         return jax.jit(pj.wrap(fn))
+    if name in SEQ2SEQ and adapter == "prefix":
+        decoder_ids = jnp.asarray(np.load(GOLDEN / name / "base" / "ref.npz")["decoder_input_ids"])
+        more = (decoder_ids, jnp.ones_like(decoder_ids))
+        more += () if name == "t5" else (np.broadcast_to(np.arange(decoder_ids.shape[1]), decoder_ids.shape),)
+        positions = "decoder_positions" if len(more) > 2 else None
+        run = pj.wrap_tokens(fn, ids="decoder_ids", mask="decoder_mask", positions=positions)
+        return jax.jit(lambda tuned, ids, mask: run(tuned, ids, mask, *more))
+    if name in SEQ2SEQ:
+        return jax.jit(pj.wrap_tokens(fn, ids="ids", mask="mask", side="first"))
     first = name == "bert" and adapter != "prefix"
     options = {"side": "first", "check": False} if first else {"shift": True}
     run = pj.wrap_tokens(fn, ids="ids", mask="mask", positions="positions", **options)
@@ -82,7 +124,8 @@ def errors(name, folder, apply, tuned):
     for kind, mask in masks.items():
         want = reference[f"logits_{kind}"]
         got = np.asarray(apply(tuned, ids, mask))
-        real = np.asarray(mask)[:, :, None] if want.ndim == 3 else 1
-        want = want if want.ndim < 3 else want[:, want.shape[1] - ids.shape[1] :]  # peft keeps the rows of prompts
+        real = np.asarray(mask)[:, :, None] if want.ndim == 3 and name not in SEQ2SEQ else 1
+        if name not in SEQ2SEQ and want.ndim == 3:  # peft keeps the rows of prompts
+            want = want[:, want.shape[1] - ids.shape[1] :]
         found[kind] = float(np.abs((got - want) * real).max() / np.abs(want).max())
     return found

@@ -452,11 +452,49 @@ def test_positions_go_on_and_short_tables_raise():
             pj.wrap_tokens(fn)(tuned, IDS, MASK, given)
 
 
+@pytest.mark.parametrize("side, shift", [("first", False), ("last", True)])
+def test_positions_that_the_model_makes_itself_are_not_shifted_in_silence(side, shift):
+    fn, params = placed(20)
+    tuned = pj.prefix(N).init(KEY, params, pj.roles(fn, params, IDS, MASK))
+    with pytest.raises(ValueError, match=f"shift={shift} with virtual tokens {side} needs the tokens' positions"):
+        pj.wrap_tokens(fn, side=side, shift=shift)(tuned, IDS, MASK)
+    assert pj.wrap_tokens(fn, side=side, shift=not shift, check=False)(tuned, IDS, MASK).shape == (2, 5, D)
+
+
 def test_a_table_that_other_ids_read_raises():
     fn, params = placed(9)
     tuned = pj.prompt(N, targets="places").init(KEY, params, pj.roles(fn, params, IDS, MASK))
     with pytest.raises(ValueError, match="places is looked up by something else"):
         pj.wrap_tokens(fn)(tuned, IDS, MASK)
+
+
+def test_a_table_may_be_looked_up_by_other_ids_too():
+    fn, params = plain(True)
+    tuned = drawn(pj.prompt(N).init(KEY, params, pj.roles(fn, params, IDS, MASK)))
+    beside = lambda params, input_ids, attention_mask: (
+        fn(params, input_ids, attention_mask) + params["words"][np.array([[3]])] + params["words"][input_ids]
+    )
+    want = fn(params, IDS, MASK) + params["words"][np.array([[3]])] + params["words"][IDS]
+    close(pj.wrap_tokens(beside)(pj.disable(tuned), IDS, MASK), want)
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_rows_are_followed_through_stacks_and_tiles(kind):
+    fn, params = plain(True)
+
+    def stacked(params, input_ids, attention_mask):
+        x = jnp.stack([fn(params, input_ids, attention_mask)] * 2, -1)
+        wide = jnp.tile(attention_mask[..., None], (1, 1, 4 * D))
+        return jnp.tile(x.reshape(*x.shape[:2], -1), (1, 1, 2)) + wide.astype(x.dtype)
+
+    tuned = drawn(METHODS[kind].init(KEY, params, pj.roles(fn, params, IDS, MASK)))
+    want = np.tile(np.repeat(pj.wrap_tokens(fn)(tuned, IDS, MASK), 2, -1), (1, 1, 2)) + MASK[..., None]
+    close(pj.wrap_tokens(stacked)(tuned, IDS, MASK), want)
+    pooled = lambda params, input_ids, attention_mask: jnp.stack(
+        [stacked(params, input_ids, attention_mask).max(1)] * 2
+    )
+    with pytest.raises(ValueError, match="depend on .*virtual.*reduce_max"):
+        pj.wrap_tokens(pooled)(tuned, IDS, MASK)
 
 
 def test_packed_sequences_raise():

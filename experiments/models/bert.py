@@ -78,12 +78,12 @@ class Embeddings(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, ids: jax.Array, segments: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, ids: jax.Array, segments: jax.Array, positions: jax.Array, train: bool) -> jax.Array:
         c = self.config
         words = Embed(c.vocab_size, c.hidden_size, name="word_embeddings")(ids)  # (B, T, D)
-        places = Embed(c.max_position_embeddings, c.hidden_size, name="position_embeddings")(jnp.arange(ids.shape[1]))
+        places = Embed(c.max_position_embeddings, c.hidden_size, name="position_embeddings")(positions)
         kinds = Embed(c.type_vocab_size, c.hidden_size, name="token_type_embeddings")(segments)
-        x = nn.LayerNorm(c.layer_norm_eps, name="LayerNorm")(words + places[None] + kinds)
+        x = nn.LayerNorm(c.layer_norm_eps, name="LayerNorm")(words + places + kinds)
         return nn.Dropout(c.hidden_dropout_prob)(x, deterministic=not train)
 
 
@@ -192,15 +192,25 @@ class Bert(nn.Module):
 
     @nn.compact
     def __call__(
-        self, ids: jax.Array, mask: jax.Array, segments: jax.Array | None = None, train: bool = False
+        self,
+        ids: jax.Array,
+        mask: jax.Array,
+        segments: jax.Array | None = None,
+        train: bool = False,
+        positions: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """The features of `ids` (B, T) where `mask` (B, T) is 1; with `train`, dropout draws from the rng "dropout"."""
+        """The features of `ids` (B, T) where `mask` (B, T) is 1; with `train`, dropout draws from the rng "dropout".
+
+        `positions` (B, T) are 0, 1, ... where they are not given.
+        """
         c = self.config
         if ids.ndim != 2 or ids.shape != mask.shape or ids.shape[1] > c.max_position_embeddings:
             raise ValueError(
                 f"ids {ids.shape}, mask {mask.shape}: expected (B, T) of both, T <= {c.max_position_embeddings}"
             )
-        x = Embeddings(c, name="embeddings")(ids, jnp.zeros_like(ids) if segments is None else segments, train)
+        segments = jnp.zeros_like(ids) if segments is None else segments
+        positions = jnp.arange(ids.shape[1])[None] if positions is None else positions
+        x = Embeddings(c, name="embeddings")(ids, segments, positions, train)
         x = Encoder(c, name="encoder")(x, mask, train)
         return x, Pooler(c, name="pooler")(x) if self.pool == "first" else mean(x, mask)
 
@@ -219,8 +229,10 @@ class Classifier(nn.Module):
     pool: str = "mean"
 
     @nn.compact
-    def __call__(self, ids: jax.Array, mask: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(
+        self, ids: jax.Array, mask: jax.Array, train: bool = False, positions: jax.Array | None = None
+    ) -> jax.Array:
         """Logits, (B, classes)."""
-        pooled = Bert(self.config, self.pool, name="bert")(ids, mask, train=train)[1]
+        pooled = Bert(self.config, self.pool, name="bert")(ids, mask, train=train, positions=positions)[1]
         pooled = nn.Dropout(self.config.hidden_dropout_prob)(pooled, deterministic=not train)
         return nn.Dense(self.classes, kernel_init=nn.initializers.zeros, name="classifier")(pooled)

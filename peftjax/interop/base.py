@@ -7,13 +7,22 @@ from typing import Any, Iterable, Mapping, Sequence
 from peftjax.flat import near
 from peftjax.interop.match import saved, targeted
 from peftjax.interop.names import Spot
+from peftjax.interop.turning import Rope
 
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """The parameters of a model by their torch names."""
+    """The parameters of a model by their torch names, and what they do not show of its attention.
+
+    Attributes:
+      spots: the parameters.
+      rope: how rotary positions turn keys, as `turning.turned` reads it.
+      heads: into how many heads keys are cut.
+    """
 
     spots: Mapping[str, Spot]
+    rope: Rope = None
+    heads: int | None = None
 
     @property
     def modules(self) -> list[str]:

@@ -42,6 +42,8 @@ class Format:
       placed: the slots under the names, and in the parts of tensors, that the files have.
       only: what `bias` is where the biases of adapted modules train, and no others.
       begun: a tree that the method has just initialised, as the options have it before tensors fill it.
+      restored: the tree as the model needs it, from one that holds a file's tensors.
+      stored: the tree that holds what a file's tensors do.
     """
 
     options: Mapping[str, Option]
@@ -55,6 +57,8 @@ class Format:
     placed: Callable[[list[Slot], Base, Options], list[Slot]] = lambda slots, base, options: slots
     only: str = "lora_only"
     begun: Callable[[Any, Options, Base], Any] = lambda tuned, options, base: tuned
+    restored: Callable[[Any, Base, Options], Any] = lambda tuned, base, options: tuned
+    stored: Callable[[Any, Base], Any] = lambda tuned, base: tuned
 
 
 def trained_whole(options: Options, base: Base, kernels: Sequence[Spot]) -> list[Method]:

@@ -9,13 +9,14 @@ import jax
 from peftjax import method as methods
 from peftjax.flat import near, not_finite
 from peftjax.folders import replacing
-from peftjax.interop import peft_adalora, peft_ia3, peft_loha, peft_lora, peft_oft, peft_prompt, peft_vera
+from peftjax.interop import peft_adalora, peft_ia3, peft_loha, peft_lora, peft_oft, peft_prefix, peft_prompt, peft_vera
 from peftjax.interop.base import Base
 from peftjax.interop.config import CONFIG, about, read_options, read_page, write_page
 from peftjax.interop.formats import Format, Options, adapted_modules, full_parts, saved_page, tables, untouched
 from peftjax.interop.names import Names, spots
 from peftjax.interop.slots import Slot, fill, read_slots, slots
 from peftjax.interop.tensors import read_folder, write_tensors
+from peftjax.interop.turning import Rope
 from peftjax.method import Method
 from peftjax.methods.unfreeze import Full
 from peftjax.overlay import layers
@@ -33,6 +34,7 @@ FORMATS: dict[str, Format] = {
     "LOHA": peft_loha.FORMAT,
     "VERA": peft_vera.FORMAT,
     "OFT": peft_oft.FORMAT,
+    "PREFIX_TUNING": peft_prefix.FORMAT,
 }
 
 
@@ -63,7 +65,15 @@ def method(path: str | os.PathLike[str], params: Any, roles: Roles, names: Names
     return _read(Path(path), params, roles, names).method
 
 
-def load(path: str | os.PathLike[str], params: Any, roles: Roles, names: Names = None, *, pickles: bool = False) -> Any:
+def load(
+    path: str | os.PathLike[str],
+    params: Any,
+    roles: Roles,
+    names: Names = None,
+    *,
+    pickles: bool = False,
+    rope: Rope = None,
+) -> Any:
     """Lays an adapter of Hugging Face peft on a model's parameters.
 
     Args:
@@ -74,27 +84,33 @@ def load(path: str | os.PathLike[str], params: Any, roles: Roles, names: Names =
         `peftjax.interop.names.spots`.
       pickles: whether an `adapter_model.bin` is read where there is no safetensors file. It is not run: only tensors
         are admitted.
+      rope: for a prefix of a model with rotary positions (the roles tell): their base, such as 10000.0, where entry i of
+        a head pairs with entry i + size / 2; or the model's own function of keys (n, heads, size) and positions (n,).
+        Peft stores keys as attention reads them, so they are turned back by the virtual tokens' positions, 0 to n - 1.
 
     Returns:
       The tuned tree, on the buffers of `params`. With virtual tokens it runs through `peftjax.wrap_tokens`. Peft puts
       prompts first in every model: `side="first"`; of BERT, whose pooler then reads the first of them, `check=False`.
-      Of P-tuning, files hold what the network put out: it is read as a prompt, and cannot train on as P-tuning.
+      With a prefix, real positions begin at n: `shift=True`, and the model's positions given where virtual tokens come
+      last, as they do in encoders. Of P-tuning, files hold what the network put out: it is read as a prompt, and cannot train on as P-tuning.
 
     Raises:
       ValueError: lists everything in the folder that is damaged, unknown, not supported, or does not fit the model.
     """
     folder = Path(path)
-    found = _read(folder, params, roles, names)
+    found = _read(folder, params, roles, names, rope)
     file, tensors = read_folder(folder, TENSORS, PICKLE, pickles)
     with about(folder / CONFIG):
         tuned = found.format.begun(found.method.init(jax.random.key(0), params, roles), found.options, found.base)
     wanted = _slots(tuned, found.format, found.base, found.options)
     beside = found.format.beside(found.options, found.base, params)
     prefixed = {found.format.prefix + name: value for name, value in beside.items()}
-    return fill(tuned, wanted, tensors, prefixed, str(file))
+    filled = fill(tuned, wanted, tensors, prefixed, str(file))
+    with about(folder / CONFIG):
+        return found.format.restored(filled, found.base, found.options)
 
 
-def _read(folder: Path, params: Any, roles: Roles, names: Names) -> Read:
+def _read(folder: Path, params: Any, roles: Roles, names: Names, rope: Rope = None) -> Read:
     page = read_page(folder)
     kind = page.get("peft_type")
     if not isinstance(kind, str) or kind not in FORMATS:
@@ -104,8 +120,12 @@ def _read(folder: Path, params: Any, roles: Roles, names: Names) -> Read:
         )
     format = FORMATS[kind]
     options = read_options(page, format.options, str(folder / CONFIG))
-    base = Base(spots(params, roles, names))
+    base = Base(spots(params, roles, names), rope)
     with about(folder / CONFIG):
+        if rope is not None and format is not peft_prefix.FORMAT:
+            raise ValueError(
+                f"rope={rope!r} says nothing of {kind}; it is for a prefix of a model with rotary positions"
+            )
         return Read(format, options, base, methods.chain(*format.method(options, base)))
 
 
@@ -115,7 +135,14 @@ def _slots(tuned: Any, format: Format, base: Base, options: Options) -> list[Slo
 
 
 def save(
-    path: str | os.PathLike[str], tuned: Any, roles: Roles, names: Names = None, *, task_type: str | None = None
+    path: str | os.PathLike[str],
+    tuned: Any,
+    roles: Roles,
+    names: Names = None,
+    *,
+    task_type: str | None = None,
+    rope: Rope = None,
+    heads: int | None = None,
 ) -> None:
     """Writes an adapter that Hugging Face peft loads.
 
@@ -127,12 +154,16 @@ def save(
       roles: what `peftjax.roles` says of its leaves.
       names: from paths to torch names, as for `load`.
       task_type: peft's name of the task ("CAUSAL_LM", "SEQ_CLS", ...), which chooses the class peft loads it with.
+      rope: for a prefix of a model with rotary positions, as for `load`.
+      heads: into how many heads a prefix's keys are cut, where their kernels do not show it. Without rotary positions
+        None leaves it to peft, which reads it off its model.
 
     Raises:
       ValueError: overlays that peft has no file for, of several methods, or not finite; names that are not one-to-one.
     """
-    base = Base(spots(strip(tuned), roles, names))
+    base = Base(spots(strip(tuned), roles, names), rope, heads)
     format = _format(tuned)
+    tuned = format.stored(tuned, base)
     tuned = map_layers(lambda _, x: format.plain.get(type(x), lambda same: same)(x), tuned)
     if broken := not_finite((e.key, e.value) for e in entries(tuned) if e.trains):
         raise ValueError(f"not saved, for these hold a NaN or an infinity: {', '.join(broken)}. Did training diverge?")
