@@ -13,6 +13,7 @@ from peftjax.evaluator import LIVE, Evaluator, Event
 from peftjax.factored import expand
 from peftjax.hooked import carried
 from peftjax.overlay import Output, Table, is_overlay, layers, type_of
+from peftjax.streams import streams
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -124,7 +125,10 @@ def evaluated(closed: Any, shape: Any, call: Call, given: Sequence[Any], sequenc
     """The outputs of a traced function on arguments with overlays; `sequence` says where its equations have tokens."""
     paths = [call.paths.get(k, f"argument {k}") for k in call.dynamic]
     names = {p: type(x).__name__ for p, x in zip(paths, given) if is_overlay(x)}
-    evaluator = Evaluator(names, any(isinstance(o, Table) for x in given for o in layers(x)), sequence)
+    stacks = [o for x in given for o in layers(x)]
+    waits = any(isinstance(o, Output) and o.where == "residual" for o in stacks)
+    sums = streams(closed, [k in call.paths for k in call.dynamic]) if waits else None
+    evaluator = Evaluator(names, any(isinstance(o, Table) for o in stacks), sequence, sums)
     tails = [p for p, x in zip(paths, given) if any(isinstance(o, (Output, Table)) for o in layers(x))]
     if tails:
         values = [carried(x, p) if k in call.paths else x for k, x, p in zip(call.dynamic, given, paths)]

@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
-from typing import Any, Sequence
+from typing import Any, Mapping, Sequence
 
 from jax.extend import core as jex
 
 from peftjax import compat, hooks, regions, rules, tables
 from peftjax.factored import Weight, dense
 from peftjax.hooked import HOOKED, Hook, Pending, Rows, inner, is_marked
+from peftjax.streams import Key
 
 LIVE = (Weight, *HOOKED)
 
@@ -27,13 +28,21 @@ class Event:
 class Evaluator:
     """Evaluates jaxprs whose values may be operators or carry overlays, and notes what each overlay did."""
 
-    def __init__(self, names: dict[str, str], tables: bool = False, sequence: Any = None) -> None:
+    def __init__(
+        self,
+        names: dict[str, str],
+        tables: bool = False,
+        sequence: Any = None,
+        streams: Mapping[Key, int] | None = None,
+    ) -> None:
         self.names = names
         self.tables = tables
         self.sequence = sequence  # a `tokens.Sequence`: where the equations have tokens; None under a plain `wrap`
         self.events: list[Event] = []
         self.waiting: list[str] = []
         self.stacks: list[str] = []
+        self.around: tuple[int, ...] = ()  # the identities of the equations whose regions these are
+        self.streams: Mapping[Key, int] = streams or {}
         self.layer: dict[str, Any] = {}
 
     def run(self, closed: Any, args: Sequence[Any]) -> list[Any]:
@@ -58,9 +67,11 @@ class Evaluator:
         """The outputs of one equation, some of whose operands are more than arrays."""
         region = regions.REGIONS.get(eqn.primitive.name)
         if region is not None:
+            around, self.around = self.around, (*self.around, id(eqn))
             self.stacks.append(str(eqn.source_info.name_stack))
             outs = region(self, eqn, operands)
             self.stacks.pop()
+            self.around = around
             return outs
         plain = functools.partial(self.plain, eqn, debug_info)
         return hooks.act(self, eqn, operands, plain) if is_marked(operands) else plain(operands)
@@ -77,12 +88,17 @@ class Evaluator:
             self.note([x for x in operands if isinstance(x, Weight)], eqn, "acted")
         return outs
 
+    def stream(self, eqn: Any) -> int | None:
+        """Which operand of an addition is the residual stream, where the other is the output of a layer that read it."""
+        return self.streams.get((self.around, id(eqn)))
+
     def merged(self, x: Any, eqn: Any = None) -> Any:
         """The array that a value stands for; merging an operator is noted, and an overlay of outputs refuses."""
         x = inner(x)
         if isinstance(x, (Hook, Rows, Pending)):
             where = eqn.primitive.name if eqn is not None else "the function's output"
-            raise ValueError(f"the overlay at {x.path} reached {where} before it could act on its layer's output")
+            why = "; it waits for the one addition of what the layer read" if isinstance(x, Pending) else ""
+            raise ValueError(f"the overlay at {x.path} reached {where} before it could act on its layer's output{why}")
         if not isinstance(x, Weight):
             return x
         x = x if eqn is None else x.only_for(eqn.primitive.name)

@@ -5,13 +5,11 @@ import functools
 from typing import Any, Callable, Sequence
 
 import jax.numpy as jnp
-from jax.extend import core as jex
-
-from peftjax.hooked import Param, Pending, inner, position, where
+from peftjax.hooked import Pending, inner, position, where
 from peftjax.site import Site
 from peftjax.views import Layout, follow
 
-SHIFTS = (("add", 0), ("add", 1), ("sub", 0))  # of the output, by what depends on no data: a bias, a running mean
+SHIFTS = (("add", 0), ("add", 1), ("sub", 0))  # of the output: by a bias, a running mean, or a second branch
 
 
 def act(evaluator: Any, eqn: Any, operands: Sequence[Any], h: Pending, plain: Any) -> Sequence[Any]:
@@ -21,9 +19,7 @@ def act(evaluator: Any, eqn: Any, operands: Sequence[Any], h: Pending, plain: An
     run = lambda: plain([inner(x) if x is not h else h.value for x in operands])
     if moves := linear(eqn, jnp.shape(h.value), {*h.features, *(d for d, _ in h.batch)}, k):
         return [_moved(eqn, h, y, move) for y, move in zip(run(), moves)]
-    if (name, k) in SHIFTS and (isinstance(rest[0], Param) or isinstance(eqn.invars[1 - k], jex.Literal)):
-        return [dataclasses.replace(h, value=run()[0])]
-    if name in ("add", "add_any") and jnp.shape(inner(rest[0])) == jnp.shape(h.value):
+    if name in ("add", "add_any") and evaluator.stream(eqn) == 1 - k:
         evaluator.refuse_inner_gradient(eqn, h.path)
         owners = [c.owner for c in h.owners]
         tokens = evaluator.tokens(eqn, h.path, owners, (*h.features, *(d for d, _ in h.batch)))
@@ -33,6 +29,8 @@ def act(evaluator: Any, eqn: Any, operands: Sequence[Any], h: Pending, plain: An
             y = site.call(carried, "on_residual", y, r)
         evaluator.met(h.path, owners, eqn)
         return plain([r if j != k else y for j in range(2)])
+    if (name, k) in SHIFTS and eqn.outvars[0].aval.shape == jnp.shape(h.value):
+        return [dataclasses.replace(h, value=run()[0])]
     raise ValueError(
         where(eqn, [h])
         + ": the output waits for its residual add, and only views and operations linear in it may come "

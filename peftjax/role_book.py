@@ -6,6 +6,7 @@ import math
 from typing import Any, Iterator, Mapping, Sequence
 
 from peftjax.role_values import Act, Fixed, Pending, Product, Track, is_own
+from peftjax.streams import Key
 from peftjax.views import Atom, Cut, Drop, DynamicCut, Edit, Layout
 
 CONTRACTED = ("linear", "conv", "embedding")
@@ -54,11 +55,26 @@ class Notes:
 class Book:
     """Notes on every leaf. During a rehearsal (a loop body read to find its types) nothing is written."""
 
-    def __init__(self, ndims: Mapping[str, int]) -> None:
+    def __init__(self, ndims: Mapping[str, int], streams: Mapping[Key, int] | None = None) -> None:
         self.notes = {path: Notes(ndim) for path, ndim in ndims.items()}
         self.time = 0
         self.rehearsing = False
+        self.streams: Mapping[Key, int] = streams or {}
         self.at: Any = None  # the equation that is read
+        self.around: tuple[int, ...] = ()  # the identities of the regions' equations around it
+
+    @contextlib.contextmanager
+    def reading(self, eqn: Any, inside: bool) -> Iterator[None]:
+        """Reads an equation, or the inside of its region."""
+        around, self.at = self.around, eqn
+        self.around = (*around, id(eqn)) if inside else around
+        yield
+        self.around = around
+
+    @property
+    def stream(self) -> int | None:
+        """Which operand of the equation that is read is the residual stream, if one is."""
+        return self.streams.get((self.around, id(self.at)))
 
     @contextlib.contextmanager
     def rehearsal(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ import numpy as np
 from peftjax import views
 from peftjax.role_book import Book
 from peftjax.role_values import Fixed, Track, Value, tracked
+from peftjax.streams import ADDS, FIRST_ONLY
 
 CASTS = ("convert_element_type", "reduce_precision", "copy", "broadcast_in_dim", "reshape", "squeeze")
 ELEMENTWISE = frozenset(
@@ -17,8 +18,6 @@ ELEMENTWISE = frozenset(
     "mul ne neg nextafter not or pow real reduce_precision rem round rsqrt select_n sign sin sinh sqrt square sub tan "
     "tanh xor".split()
 )
-ADDS = ("add", "add_any")
-FIRST_ONLY = ("div", "gather", "dynamic_slice", "dynamic_update_slice")  # linear in their first operand alone
 
 
 def constants(eqn: Any, operands: Sequence[Value]) -> list[Value]:

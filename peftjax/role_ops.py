@@ -10,9 +10,7 @@ import jax.numpy as jnp
 from peftjax import views
 from peftjax.role_book import Book
 from peftjax.role_fixed import (
-    ADDS,
     ELEMENTWISE,
-    FIRST_ONLY,
     compute,
     constants,
     follow,
@@ -36,20 +34,14 @@ from peftjax.role_values import (
     since,
     tracked,
 )
+from peftjax.streams import ADDS, FIRST_ONLY, LINEAR, PARTS, PASSED
 
-PARTS = ("slice", "dynamic_slice", "split", "rev")  # views that are another array
-PASSED = ("optimization_barrier", "mesh_cast")  # each output is an operand
 MOVING = frozenset(
     "clamp concatenate stack tile sort gather dynamic_update_slice pad scatter scatter-add scatter_add scatter-mul scatter_mul "
     "scatter-min scatter_min scatter-max scatter_max reduce psum psum_invariant all_gather all_gather_invariant "
     "reduce_scatter all_to_all ppermute pmax pmin reduce_sum reduce_max reduce_min select_and_gather_add".split()
 )
 TURNS = (*ADDS, "sub", "complex")
-LINEAR = frozenset(
-    "add add_any sub neg mul select_n div reduce_sum concatenate stack tile pad dynamic_update_slice gather cumsum real "
-    "reduce_window_sum dot_general slice dynamic_slice split rev psum psum_invariant all_gather all_gather_invariant "
-    "reduce_scatter all_to_all ppermute reduce_precision scatter-add scatter_add".split()
-)
 
 
 def read(book: Book, eqn: Any, operands: Sequence[Value]) -> list[Value]:
@@ -145,24 +137,16 @@ def summed(name: str, operands: Sequence[Value]) -> Product | None:
 
 def is_residual(book: Book, eqn: Any, operands: Sequence[Value]) -> Any:
     """The pending product and the stream, where an equation adds the two."""
-    if eqn.primitive.name not in ADDS or operands[0] is operands[1]:
+    if book.stream is None:
         return None
-    if eqn.invars[0].aval.shape != eqn.invars[1].aval.shape:
-        return None
-    for h, stream in (operands, operands[::-1]):
-        other = stream.live if isinstance(stream, Act) else None
-        known = not isinstance(stream, Fixed) or not stream.tracks or _was_activation(book, stream)
-        if isinstance(h, Act) and h.live and not other and known and _consumed(book, stream):
-            return h.live.product, stream
-    return None
+    stream, h = operands[book.stream], operands[1 - book.stream]
+    other = stream.live if isinstance(stream, Act) else None
+    known = not isinstance(stream, Fixed) or not stream.tracks or _was_activation(book, stream)
+    return (h.live.product, stream) if isinstance(h, Act) and h.live and not other and known else None
 
 
 def _was_activation(book: Book, value: Fixed) -> bool:
     return any(book.notes[t.path].activation for t in value.tracks)
-
-
-def _consumed(book: Book, value: Value) -> bool:
-    return value.source.consumed or isinstance(value, Fixed) and _was_activation(book, value)
 
 
 def _meetings(book: Book, name: str, operands: Sequence[Value]) -> bool:

@@ -12,7 +12,6 @@ KERNEL, MIXING, UNKNOWN = "kernel", "mixing", "unknown"
 class Source:
     """One array of the trace, whatever casts and reshapes show it."""
 
-    consumed: bool = False  # by anything but a view
     escaped: bool = False  # by anything but its own norm
     normed: bool = False
     norm: "Derived | None" = None
@@ -107,7 +106,6 @@ class Act:
 
     def touch(self, into: Derived | None = None) -> None:
         """Marks its array as consumed, by its own norm or by something else."""
-        self.source.consumed = True
         if into is None or into.base is not self.source:
             self.source.escaped = True
 
@@ -158,7 +156,7 @@ class Fixed:
 
     def touch(self, into: Derived | None = None) -> None:
         """Marks its array as consumed."""
-        self.source.consumed = self.source.escaped = True
+        self.source.escaped = True
 
 
 Value = Act | Fixed

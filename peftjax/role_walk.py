@@ -21,8 +21,9 @@ def walk(book: Book, closed: Any, operands: Sequence[Value]) -> Outs:
     env |= {v: constant(x) for v, x in zip(jaxpr.constvars, consts)}
     read = lambda v: constant(v.val) if isinstance(v, jex.Literal) else env[v]
     for eqn in jaxpr.eqns:
-        book.at, inside = eqn, REGIONS.get(eqn.primitive.name, role_ops.read)
-        env.update(zip(eqn.outvars, inside(book, eqn, [read(v) for v in eqn.invars]), strict=False))
+        found, region = [read(v) for v in eqn.invars], REGIONS.get(eqn.primitive.name)
+        with book.reading(eqn, inside=region is not None):
+            env.update(zip(eqn.outvars, (region or role_ops.read)(book, eqn, found), strict=False))
     return [read(v) for v in jaxpr.outvars]
 
 

@@ -10,6 +10,7 @@ from peftjax.overlay import type_of
 from peftjax.role_book import CONTRACTED, PRODUCTS, Book, Notes
 from peftjax.role_values import MIXING, UNKNOWN, Act, Derived, Fixed, Head, Product, Track, Value, heads
 from peftjax.role_walk import walk
+from peftjax.streams import streams
 from peftjax.views import Layout
 
 
@@ -170,9 +171,11 @@ def roles(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Rol
     """
     call = Call.of(params, args, kwargs)
     types = [(call.paths.get(k), type_of(call.leaves[k])) for k in call.dynamic]
-    book = Book({path: x.ndim for path, x in types if path is not None})
+    closed = _traced(fn, call, [x for _, x in types])
+    fixed = [path is not None for path, _ in types]
+    book = Book({path: x.ndim for path, x in types if path is not None}, streams(closed, fixed))
     values: list[Value] = [Act() if path is None else Fixed((Track(path, Layout.of(x.shape)),)) for path, x in types]
-    outs = walk(book, _traced(fn, call, [x for _, x in types]), values)
+    outs = walk(book, closed, values)
     for value in outs:
         value.touch()
     head = _head(book, heads(outs))
