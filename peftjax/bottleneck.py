@@ -41,6 +41,7 @@ class Bottleneck(Output):
     activation: str = static(default="relu")
     eps: float | None = static(default=None)
     centred: bool = static(default=True)
+    offset: float = static(default=0.0)
     axes: str = static()
     norm_axes: tuple[Any, ...] = static(default=())
     kernel: str | None = static(default=None)
@@ -80,7 +81,7 @@ class Bottleneck(Output):
         x = s.astype(wide_dtype(s.dtype))
         x = x - x.mean(-1, keepdims=True) if self.centred else x
         x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
-        x = x if self.norm_scale is None else x * row(self.norm_scale, x)
+        x = x if self.norm_scale is None else x * (self.offset + row(self.norm_scale, x))
         x = x if self.norm_bias is None else x + row(self.norm_bias, x)
         return x.astype(s.dtype)
 
@@ -105,15 +106,23 @@ def placed(method: str, leaf: Leaf, ending: Ending, roles: Roles, place: str, sc
     """The fields that every bottleneck has, at one layer's end.
 
     Raises:
-      ValueError: the norm that follows is not over the layer's features, layer for layer.
+      ValueError: what follows the sum is a norm that roles could not read, or whose arrays are not the layer's, layer
+        for layer.
     """
+    if place == "sequential" and ending.role.unread:
+        raise ValueError(
+            f"{method}: all that reads the residual sum after {ending.kernel} looks like a norm, but none that is known: a "
+            "layer norm or an RMS norm over the layer's features, with or without a bias, that multiplies by its scale w "
+            'or by 1 + w. What would the adapter read? Expected such a norm, a kind that acts before the sum ("houlsby" '
+            'or "parallel"), or the layer among `exclude`'
+        )
     norm = ending.role.norm if place == "sequential" else None
     fields: dict[str, Any] = {}
     if norm is not None:
         paths = [path for path in (norm.scale, norm.bias) if path is not None]
         fields["norm_axes"] = _norm_axes(method, leaf, paths, roles)
         fields |= {"norm_scale": norm.scale and Ref(norm.scale), "norm_bias": norm.bias and Ref(norm.bias)}
-        fields |= {"eps": norm.eps, "centred": norm.centred}
+        fields |= {"eps": norm.eps, "centred": norm.centred, "offset": norm.offset}
     return dict(
         base=leaf.value,
         scale=jnp.full(leaf.sizes("sb"), scale, jnp.float32),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 from typing import Any, Callable, Sequence
 
 import numpy as np
@@ -20,12 +21,23 @@ ELEMENTWISE = frozenset(
 )
 
 
+NUMBERS: dict[str, Callable[[float, float], float]] = {  # counts, less a degree of freedom, and whether any are left
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "gt": operator.gt,
+}
+
+
 def constants(eqn: Any, operands: Sequence[Value]) -> list[Value]:
-    """An equation of constants; casts and reshapes leave them what they are."""
+    """An equation of constants; casts and reshapes leave them what they are, and simple numbers are followed."""
     if eqn.primitive.name in CASTS and isinstance(operands[0], Fixed):
         return [operands[0]]
     for value in operands:
         value.touch()
+    numbers = [v.value for v in operands if isinstance(v, Fixed) and v.value is not None]
+    if eqn.primitive.name in NUMBERS and len(numbers) == 2:
+        return [Fixed(value=float(NUMBERS[eqn.primitive.name](*numbers)))]
     return [Fixed() for _ in eqn.outvars]
 
 
@@ -73,6 +85,9 @@ def compute(book: Book, eqn: Any, operands: Sequence[Value]) -> list[Value]:
     if keep is None or len(eqn.outvars) != 1:
         return [Fixed() for _ in eqn.outvars]
     made = Fixed(tuple(t for k, v in enumerate(operands) if isinstance(v, Fixed) for t in keep(name, k, v, shape)))
+    number = next((v.value for v in operands if isinstance(v, Fixed) and not v.tracks), None)
+    if name in ADDS and len(leaves) == 1 and leaves[0].whole and number is not None:
+        made = Fixed(tuple(dataclasses.replace(t, plus=number) for t in made.tracks))
     if name in ("mul", "div", *ADDS):
         book.suggest([t for t in made.tracks if t not in made.primary], "bias" if name in ADDS else "scale")
     return [made]
@@ -82,7 +97,9 @@ def _elementwise(name: str, k: int, value: Fixed, shape: tuple[int, ...]) -> lis
     done = name if k == 0 or name not in FIRST_ONLY else f"{name} by"
     fits = [t for t in value.tracks if len(t.layout.dims) == len(shape)]
     layouts = [broadcast(t.layout, shape) for t in fits]
-    return [dataclasses.replace(t, layout=x, ops=t.ops | {done}) for t, x in zip(fits, layouts) if x is not None]
+    return [
+        dataclasses.replace(t, layout=x, ops=t.ops | {done}, plus=None) for t, x in zip(fits, layouts) if x is not None
+    ]
 
 
 def broadcast(layout: views.Layout, shape: tuple[int, ...]) -> views.Layout | None:

@@ -74,7 +74,7 @@ def view_act(eqn: Any, operands: Sequence[Value]) -> list[Value]:
     outs: list[Value] = []
     for k, _ in enumerate(eqn.outvars):
         pending = first.pending and first.pending._replace(layout=followed[k][0] if followed else None)
-        changes = dict(pending=pending) if name not in PARTS else dict(pending=pending, source=Source(), derived=None)
+        changes = dict(pending=pending) if name not in PARTS else dict(pending=pending, source=Source())
         outs.append(dataclasses.replace(first, **changes))
     return outs
 
@@ -84,16 +84,19 @@ def meet(book: Book, eqn: Any, operands: Sequence[Value]) -> list[Value]:
     name = eqn.primitive.name
     residual = is_residual(book, eqn, operands)
     biased = False if residual else _meetings(book, name, operands)
-    derived = derive(name, operands) if len(eqn.outvars) == 1 else None
+    derived = derive(eqn, operands) if len(eqn.outvars) == 1 else None
     pending = None if residual else carried(name, eqn, operands, biased)
     since: frozenset[str] = frozenset() if residual else history(eqn, operands)
     sums = None if residual else summed(name, operands)
-    known = functools.partial(Act, pending=pending, derived=derived, sums=sums, since=since)
+    known = functools.partial(Act, pending=pending, sums=sums, since=since)
     act = functools.partial(known, heads=heads(operands), data=any_data(operands))
     outs = [act(uniform=math.prod(v.aval.shape) == 1) for v in eqn.outvars]
     if residual:
-        product, stream = residual
+        product, stream, features = residual
+        outs[0].source.shape, outs[0].source.features = eqn.outvars[0].aval.shape, features
         product.total, product.stream, product.alive = outs[0].source, stream.source, False
+    for made in outs:
+        made.source.derived = derived
     for value in operands:
         value.touch(derived)
     return list(outs)
@@ -136,13 +139,17 @@ def summed(name: str, operands: Sequence[Value]) -> Product | None:
 
 
 def is_residual(book: Book, eqn: Any, operands: Sequence[Value]) -> Any:
-    """The pending product and the stream, where an equation adds the two."""
+    """The pending product, the stream, and the axes that are the product's features, where an equation adds the two."""
     if book.stream is None:
         return None
     stream, h = operands[book.stream], operands[1 - book.stream]
     other = stream.live if isinstance(stream, Act) else None
     known = not isinstance(stream, Fixed) or not stream.tracks or _was_activation(book, stream)
-    return (h.live.product, stream) if isinstance(h, Act) and h.live and not other and known else None
+    if not isinstance(h, Act) or not h.live or other or not known:
+        return None
+    ndim = len(eqn.outvars[0].aval.shape)
+    features = [k for k in range(ndim) if h.live.layout and "o" in h.live.letters_of(k)]
+    return h.live.product, stream, frozenset(features or [ndim - 1])
 
 
 def _was_activation(book: Book, value: Fixed) -> bool:

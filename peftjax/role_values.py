@@ -13,22 +13,32 @@ class Source:
     """One array of the trace, whatever casts and reshapes show it."""
 
     escaped: bool = False  # by anything but its own norm
-    normed: bool = False
+    left: bool = False  # by anything that is not computed from it alone
+    normed: bool = False  # its entries met a statistic of it: a norm, known or not
     norm: "Derived | None" = None
+    derived: "Derived | None" = None  # what it is to the array that it is computed from alone
+    shape: tuple[int, ...] = ()  # of a residual sum, and which of its axes are the layer's outputs: the last by default
+    features: frozenset[int] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
 class Derived:
     """A value computed from `base` alone, on the way to its norm.
 
-    `level`: "x" base or base less a statistic, "e" powers of it, "r" a reduced statistic, "n" the normalised base.
+    `level`: "x" base or base less its mean, "e" squares of it, "r" a statistic of it, "n" the normalised base, "u" any
+    other function of the base; `mixed` where entries have met each other on the way.
     """
 
     base: Source
     level: str
+    mixed: bool = False
+    stat: str = ""  # of "r": "sum", "mean", "squared mean", "squares", "mean square", "centred squares" or "variance"
+    axes: tuple[int, ...] = ()  # that the statistic is taken over, of an array of `ndim` axes, `count` entries at once
+    ndim: int = 0
+    count: int = 0
     eps: float = 0.0
-    root: bool = False
-    scale: str | None = None
+    root: str = ""  # "root" or "inverse", of the statistic and eps
+    scale: tuple[str, float] | None = None  # the path of the scale, and what is added to it
     bias: str | None = None
     centred: bool = False
 
@@ -88,7 +98,6 @@ class Act:
     source: Source = dataclasses.field(default_factory=Source)
     pending: Pending | None = None
     heads: frozenset[Head] = frozenset()
-    derived: Derived | None = None
     data: bool = True  # whether it depends on the function's other arguments
     uniform: bool = False  # whether its entries are all the same
     sums: Product | None = None  # the product whose entries these are, or sums of them
@@ -106,8 +115,9 @@ class Act:
 
     def touch(self, into: Derived | None = None) -> None:
         """Marks its array as consumed, by its own norm or by something else."""
-        if into is None or into.base is not self.source:
+        if into is None or into.base is not self.source or into.level == "u":
             self.source.escaped = True
+        self.source.left |= into is None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +127,7 @@ class Track:
     path: str
     layout: Layout
     ops: frozenset[str] = frozenset()  # what was done to it, besides views
+    plus: float | None = None  # a number that was added to it, where nothing else was done
     indexed: frozenset[Atom] = frozenset()  # atoms of which one entry was taken
 
     @property
@@ -154,9 +165,17 @@ class Fixed:
         """The one leaf that this is a view of, if it is one."""
         return self.tracks[0] if len(self.tracks) == 1 and self.tracks[0].whole else None
 
+    @property
+    def shifted(self) -> tuple[str, float] | None:
+        """The one leaf that this is a view of, and what was added to it: 1 where a norm multiplies by `1 + w`."""
+        if self.whole:
+            return self.whole.path, 0.0
+        track = self.tracks[0] if len(self.tracks) == 1 else None
+        return (track.path, track.plus) if track and track.plus is not None else None
+
     def touch(self, into: Derived | None = None) -> None:
         """Marks its array as consumed."""
-        self.source.escaped = True
+        self.source.escaped = self.source.left = True
 
 
 Value = Act | Fixed

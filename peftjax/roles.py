@@ -1,6 +1,7 @@
 """What each parameter does in a model, from one abstract trace: `roles(fn, params, *args)`."""
 
 import dataclasses
+import math
 from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import jax
@@ -8,7 +9,7 @@ import jax
 from peftjax.call import Call
 from peftjax.overlay import type_of
 from peftjax.role_book import CONTRACTED, PRODUCTS, Book, Notes
-from peftjax.role_values import MIXING, UNKNOWN, Act, Derived, Fixed, Head, Product, Track, Value, heads
+from peftjax.role_values import MIXING, UNKNOWN, Act, Derived, Fixed, Head, Product, Source, Track, Value, heads
 from peftjax.role_walk import walk
 from peftjax.streams import streams
 from peftjax.views import Layout
@@ -16,12 +17,16 @@ from peftjax.views import Layout
 
 @dataclasses.dataclass(frozen=True)
 class Norm:
-    """A layer norm (`centred`) or an RMS norm: the paths of its scale and bias, and the constant below its root."""
+    """A layer norm (`centred`) or an RMS norm: the paths of its scale and bias, and the constant below its root.
+
+    It multiplies by `offset` and the scale: an offset of 1 is that of norms whose scale starts at zero.
+    """
 
     scale: str | None
     bias: str | None
     eps: float
     centred: bool = True
+    offset: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +43,7 @@ class Role:
         kernel: of a bias or of a scale, the path of the kernel whose output it meets.
         residual: of a kernel, whether its output is added to the residual stream before anything nonlinear.
         norm: of such a kernel, the norm that is all that reads the sum, and stands for the stream from there (post-LN).
+        unread: of such a kernel, whether all that reads the sum is what may be a norm, and is none that is known.
         sublayer: of a residual kernel, what it ends: "attention" where it reads a mixture of what kernels made of the stream
             (queries and keys), else "feed-forward"; "unknown" where some equation does not show what it mixes.
         head: whether it makes the output: no other kernel contracts what it makes, and no later one reaches an output.
@@ -66,6 +72,7 @@ class Role:
     unclear: str = ""
     rotary: bool = False
     bent: bool = False
+    unread: bool = False
 
 
 class Roles(Mapping[str, Role]):
@@ -139,6 +146,7 @@ def _remarks(role: Role) -> str:
     said += [f"residual, after {role.sublayer}" if role.residual else "", f"then {role.norm}" if role.norm else ""]
     said += [
         "rotary" if role.rotary else "",
+        "then a norm that is not known" if role.unread else "",
         "head" if role.head else "",
         f"groups {role.groups}" if role.groups > 1 else "",
     ]
@@ -211,6 +219,7 @@ def _role(book: Book, path: str, order: int, head: bool) -> Role:
     more |= dict(sublayer=sublayer, head=head, groups=notes.groups, window=notes.window, follows=follows)  # type: ignore[dict-item]
     turned, bent = (bool(notes.product and getattr(notes.product, name)) for name in ("turned", "bent"))
     more |= dict(unclear=notes.unclear, rotary=turned, bent=bent)  # type: ignore[dict-item]
+    more |= dict(unread=_unread(notes))  # type: ignore[dict-item]
     return Role(op, notes.axes, order, tuple(notes.uses), **more)  # type: ignore[arg-type]
 
 
@@ -227,6 +236,22 @@ def _norm(notes: Notes) -> Norm | None:
     if product is None or product.total is None or product.stream is None:
         return None
     found: Derived | None = product.total.norm
-    if found is None or product.total.escaped or product.stream.normed:
+    if found is None or product.total.escaped or product.stream.normed or not _over_features(found, product.total):
         return None
-    return Norm(found.scale, found.bias, found.eps, found.centred)
+    scale, offset = found.scale or (None, 0.0)
+    return Norm(scale, found.bias, found.eps, found.centred, offset)
+
+
+def _over_features(norm: Derived, total: Source) -> bool:
+    """Whether a norm of a residual sum is taken over the axes of the layer's outputs."""
+    if norm.ndim == len(total.shape):
+        return frozenset(norm.axes) == total.features
+    return norm.count == math.prod(total.shape[k] for k in total.features)
+
+
+def _unread(notes: Notes) -> bool:
+    """Whether what follows the residual sum may be its norm, and cannot be read."""
+    product = notes.product
+    if product is None or product.total is None or product.stream is None or _norm(notes):
+        return False
+    return product.total.normed and not product.total.left and not product.stream.normed

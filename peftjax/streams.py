@@ -13,9 +13,8 @@ Key = tuple[tuple[int, ...], int]  # the equations of the regions around an equa
 PARTS = frozenset({"slice", "dynamic_slice", "split", "rev"})  # views that are another array
 PASSED = frozenset({"optimization_barrier", "mesh_cast"})  # each output is an operand
 ADDS = ("add", "add_any")
-FIRST_ONLY = frozenset(
-    {"div", "gather", "dynamic_slice", "dynamic_update_slice"}
-)  # linear in their first operand alone
+# Linear in their first operand alone.
+FIRST_ONLY = frozenset({"div", "gather", "dynamic_slice", "dynamic_update_slice"})
 KERNELS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general", "ragged_dot"})
 LINEAR = frozenset(
     "add add_any sub neg mul select_n div reduce_sum concatenate stack tile pad dynamic_update_slice gather cumsum real "

@@ -211,7 +211,7 @@ def test_a_norm_that_does_not_take_the_place_of_the_stream():
     next_block = read(lambda p, x: (lambda s: s + rms_norm(s, p["g"]))(x + mlp(p, x)))
     assert next_block["w2"].residual and next_block["w2"].norm is None
     offset = read(lambda p, x: rms_norm(x + mlp(p, x), 1 + p["g"]))
-    assert offset["w2"].norm is None and offset["g"].op == "scale"
+    assert offset["w2"].norm == Norm("g", None, 1e-6, centred=False, offset=1.0) and offset["g"].op == "scale"
 
 
 def test_what_may_stand_between_a_kernel_and_its_residual():
@@ -330,7 +330,7 @@ def test_roles_are_a_readable_immutable_mapping():
     assert Roles.from_dict(json.loads(json.dumps(found.to_dict()))) == found
     assert hash(found) == hash(Roles(found)) and list(found) == sorted(found)
     assert str(found).splitlines()[0].split() == ["path", "op", "axes", "uses"]
-    assert "norm(scale='g', bias='b', eps=1e-05, centred=true)" in str(found).lower()
+    assert "norm(scale='g', bias='b', eps=1e-05, centred=true" in str(found).lower()
     with pytest.raises(TypeError):
         found["w1"] = found["w2"]
 
