@@ -20,6 +20,7 @@ from peftjax.methods.compacter import compacter as compacter
 from peftjax.methods.dora import dora as dora
 from peftjax.methods.ia3 import ia3 as ia3
 from peftjax.methods.loha import loha as loha
+from peftjax.methods.lokr import lokr as lokr
 from peftjax.methods.lora import lora as lora
 from peftjax.methods.oft import oft as oft
 from peftjax.methods.p_tuning import p_tuning as p_tuning

@@ -75,12 +75,15 @@ class Factor:
         return pair(x, self, set(x.atoms), lax.Precision.HIGHEST)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["dense", "factors", "key"], meta_fields=["uses", "rate"])
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["dense", "factors", "key"], meta_fields=["uses", "rate", "splits"]
+)
 @dataclasses.dataclass(frozen=True)
 class Term:
     """One product. `dense` spans the operator's axes in their order; `uses` limits the primitives it acts in.
 
-    `rate` and `key` are dropout of what the term reads.
+    `rate` and `key` are dropout of what the term reads. `splits` are those of the operator's axes whose parts the
+    factors stand on; an operator splits them for all of its terms.
     """
 
     dense: Any = None
@@ -88,6 +91,7 @@ class Term:
     key: Factor | None = None
     uses: tuple[str, ...] | None = None
     rate: float = 0.0
+    splits: tuple[Split, ...] = ()
 
     def acts_in(self, primitive: str) -> bool:
         """Whether the term takes part where this primitive uses the operator."""
@@ -135,7 +139,39 @@ def expand(leaf: Any, path: str = "") -> Weight:
         return x.expand(terms(x.base)) if isinstance(x, Overlay) else (Term(dense=x),)
 
     kind = type_of(leaf)
-    return Weight(terms(leaf), Layout.of(kind.shape), kind, path)
+    return Weight(*_split(terms(leaf), Layout.of(kind.shape)), kind, path)
+
+
+def _split(terms: tuple[Term, ...], layout: Layout) -> tuple[tuple[Term, ...], Layout]:
+    """The terms on the same parts of the axes; a product on other parts than those before it is formed."""
+    agreed: dict[Any, Split] = {}
+    fits = lambda t: all(agreed.get(s.atom, s) == s for s in t.splits)
+    for term in terms:
+        agreed.update({s.atom: s for s in term.splits} if fits(term) else {})
+    if not agreed:
+        return terms, layout
+
+    def edited(f: Factor) -> Factor:
+        return functools.reduce(lambda f, s: f.edited(s, ()), agreed.values(), f)
+
+    made = [t if fits(t) else _formed(t, layout) for t in terms]
+    whole = functools.reduce(Layout.split, agreed.values(), layout)
+    return tuple(dataclasses.replace(t.mapped(edited, t.dense), splits=()) for t in made), whole
+
+
+def _formed(term: Term, layout: Layout) -> Term:
+    """The term with one factor in the place of those on parts of axes, and of all that inner axes join to them."""
+    split = functools.reduce(Layout.split, term.splits, layout)
+    reached = {p for s in term.splits for p in s.parts}
+    for _ in term.factors:
+        found = [f for f in term.factors if reached & set(f.atoms)]
+        reached |= {a for f in found for a in f.atoms if isinstance(a, str)}
+    held = {a for f in found for a in f.atoms}
+    axes = [k for k, dim in enumerate(split.dims) if held & set(dim)]
+    out = tuple(a for k in axes for a in split.dims[k])
+    array = chain(found[0], found[1:], out, dict(split.sizes)).reshape([layout.shape[k] for k in axes])
+    rest = (f for f in term.factors if not reached & set(f.atoms))
+    return dataclasses.replace(term, factors=(Factor(array, tuple((k,) for k in axes)), *rest), splits=())
 
 
 def scaled(terms: Sequence[Term], factor: Factor) -> tuple[Term, ...]:

@@ -19,6 +19,14 @@ def replaced(axes: str, letter: str, label: str) -> tuple[Any, ...]:
 
 def checked(name: str, leaf: Leaf, rank: int) -> int:
     """The rank that a method asks of a leaf, where the leaf is a linear map that can have it."""
+    limit = min(map(math.prod, linear(name, leaf)))
+    if not 1 <= rank <= limit:
+        raise ValueError(f"{name}: rank {rank} at {leaf.path} {leaf.type.str_short()}; expected 1 to {limit}")
+    return rank
+
+
+def linear(name: str, leaf: Leaf) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The sizes of the inputs and of the outputs of a leaf that has both."""
     n_in, n_out = leaf.sizes("i"), leaf.sizes("o")
     if (not n_in or not n_out) and leaf.unclear:
         raise ValueError(
@@ -31,10 +39,7 @@ def checked(name: str, leaf: Leaf, rank: int) -> int:
             f"{name}: {leaf.path} has axes {leaf.axes!r}: a vector, or no linear map; expected a kernel with input and "
             "output axes. Train it as it is with `unfreeze`, or leave it out with `exclude`"
         )
-    limit = min(math.prod(n_in), math.prod(n_out))
-    if not 1 <= rank <= limit:
-        raise ValueError(f"{name}: rank {rank} at {leaf.path} {leaf.type.str_short()}; expected 1 to {limit}")
-    return rank
+    return n_in, n_out
 
 
 def layered(name: str, leaf: Leaf, value: float, layers: Sequence[int] | None) -> jax.Array:

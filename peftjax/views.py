@@ -6,7 +6,7 @@ A dimension of a view is a sequence of atoms (several where a reshape has joined
 
 import dataclasses
 import math
-from typing import Any, Callable, NamedTuple, Sequence
+from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
 Atom = tuple | str
 Dims = tuple[tuple[Atom, ...], ...]
@@ -92,6 +92,13 @@ class Layout:
         """One more atom, in no dimension yet."""
         return Layout(self.dims, (*self.sizes, (atom, size)))
 
+    def split(self, edit: Split) -> "Layout":
+        """The same dimensions, one atom in parts."""
+        parts = lambda a: edit.parts if a == edit.atom else (a,)
+        sizes = {**dict(self.sizes), **dict(zip(edit.parts, edit.sizes))}
+        dims = tuple(tuple(p for a in dim for p in parts(a)) for dim in self.dims)
+        return Layout(dims, tuple((p, sizes[p]) for a, _ in self.sizes for p in parts(a)))
+
 
 View = tuple[Layout, tuple[Edit, ...]]
 
@@ -156,6 +163,24 @@ def reshape(layout: Layout, shape: Sequence[int]) -> View | None:
         dims[-1] = (*dims[-1], *todo)
     kept = {a for dim in dims for a in dim}
     return Layout(tuple(dims), tuple((a, n) for a, n in sizes.items() if a in kept)), tuple(edits)
+
+
+class Parts(NamedTuple):
+    """Some axes, taken as one, in two: the splits that make them, and each one's atoms with their sizes."""
+
+    splits: tuple[Split, ...]
+    outer: tuple[tuple[Atom, int], ...]
+    inner: tuple[tuple[Atom, int], ...]
+
+
+def parts(axes: Mapping[Atom, int], outer: int, inner: int) -> Parts | None:
+    """Axes of these sizes, taken as one, as an outer and an inner one; None where one of them would be cut unevenly."""
+    view = reshape(Layout(tuple((a,) for a in axes), tuple(axes.items())), (outer, inner))
+    if view is None:
+        return None
+    layout, edits = view
+    sized = [tuple((a, layout.size(a)) for a in dim) for dim in layout.dims]
+    return Parts(tuple(e for e in edits if isinstance(e, Split)), sized[0], sized[1])
 
 
 def only(layout: Layout, k: int) -> Atom | None:

@@ -34,6 +34,7 @@ from peftjax.methods.adalora import AdaLoRA
 from peftjax.methods.ia3 import IA3
 from peftjax.methods.dora import DoRA
 from peftjax.methods.loha import LoHa
+from peftjax.methods.lokr import LoKr
 from peftjax.methods.lora import LoRA
 from peftjax.methods.oft import OFT
 from peftjax.methods.unfreeze import Full
@@ -173,6 +174,8 @@ METHODS: dict[str, Row] = {
     "oft": Row(lambda m: pj.oft(block_size=2, targets=m.targets)),
     "oft_neumann": Row(lambda m: pj.oft(rank=1, neumann_terms=5, targets=m.targets)),
     "oft_shared": Row(lambda m: pj.oft(rank=2, share=True, eps=0.2, targets=m.targets)),
+    "lokr": Row(lambda m: pj.lokr(rank=1, alpha=3, decompose_both=True, tucker=True, targets=m.targets)),
+    "lokr_whole": Row(lambda m: pj.lokr(rank=9, alpha=27, outer="w2", targets=m.targets)),
 }
 
 
@@ -254,6 +257,24 @@ def _turned(x: OFT, w: Any, upper: Any, scale: Any) -> Any:
     return w + scale * (r @ w - w)
 
 
+def _dense_lokr(x: LoKr, base: Any) -> Any:
+    places = [[k for k, a in enumerate(x.axes) if a in letters and k not in x.window] for letters in ("sb", "i", "o")]
+    order = [*places[0], *x.window, *places[1], *places[2]]
+    taps = [base.shape[k] for k in x.window]
+    lead = [base.shape[k] for k in places[0]]
+    tapped = lambda w: jnp.broadcast_to(
+        w.reshape(*lead, *[1] * len(taps), *w.shape[-2:]), (*lead, *taps, *w.shape[-2:])
+    )
+    w1 = x.w1 if x.w1 is not None else x.w1b @ x.w1a
+    w2 = x.w2
+    if w2 is None:
+        w2 = (tapped(x.w2b) @ x.t2 if x.t2 is not None else x.w2b) @ tapped(x.w2a)
+    first, second = (tapped(w1), w2) if x.outer == "w1" else (w2, tapped(w1))
+    product = first[..., :, None, :, None] * second[..., None, :, None, :]
+    delta = product.reshape([base.shape[k] for k in order]) * x.scale.reshape(*lead, *[1] * (len(order) - len(lead)))
+    return base + jnp.transpose(delta, [order.index(k) for k in range(len(order))])
+
+
 def _dense_vera(x: VeRA, base: Any) -> Any:
     w = string.ascii_lowercase[: len(x.axes)]
     i, o, stacked = ("".join(k for k, letter in zip(w, x.axes) if letter in letters) for letters in ("i", "o", "sb"))
@@ -277,6 +298,7 @@ ORACLES: dict[type, Callable[[Any, Any], Any]] = {
     Full: _dense_full,
     IA3: _dense_ia3,
     LoHa: _dense_loha,
+    LoKr: _dense_lokr,
     LoRA: _dense_lora,
     OFT: _dense_oft,
     VeRA: _dense_vera,

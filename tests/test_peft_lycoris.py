@@ -1,4 +1,4 @@
-"""LoHa in Hugging Face peft's files: convolutions, ranks and alphas by module, and what cannot be read or written."""
+"""LoHa and LoKr in Hugging Face peft's files: convolutions, ranks and alphas by module, and what cannot be read or written."""
 
 import json
 import shutil
@@ -61,6 +61,74 @@ def test_loha_of_a_convolution_is_written_as_torch_has_it(window, groups, tmp_pa
     np.testing.assert_allclose(change(tuned), delta.reshape(6, 4 // groups, *window), rtol=1e-4, atol=1e-4)
     again = hf_peft.load(tmp_path / "a", params, roles)
     jax.tree.map(np.testing.assert_array_equal, again, tuned)
+
+
+@pytest.mark.parametrize("window,groups", CONVOLUTIONS)
+@pytest.mark.parametrize("rank,tucker", [(1, False), (1, True), (4, False)])
+def test_lokr_of_a_convolution_is_written_as_torch_has_it(rank, tucker, window, groups, tmp_path):
+    _, params, roles, _ = convolution(window, groups)
+    flat, core, whole = len(window) == 1, tucker and np.prod(window) > 1, rank == 4
+    options = dict(tucker=tucker, outer="w2" if flat and whole else "w1", targets=("conv",))
+    tuned = away(pj.lokr(rank=rank, alpha=3, **options).init(KEY, params, roles))
+    t, page = written(tuned, roles, tmp_path / "a")
+    assert (page["r"], page["alpha"], page["use_effective_conv2d"]) == (rank, 3, bool(core))
+    assert (page["decompose_factor"], page["decompose_both"]) == (-1, False)
+    if whole:
+        w2 = t["lokr_w2"]
+    elif core:
+        assert t["lokr_t2"].shape == (rank, rank, *window, *([1] if flat else []))
+        w2 = np.einsum("ij...,ik,jn->kn...", t["lokr_t2"], t["lokr_w2_a"], t["lokr_w2_b"])
+    else:
+        w2 = t["lokr_w2_a"] @ t["lokr_w2_b"]
+    w1, w2 = t["lokr_w1"], w2.reshape(3, -1, *window)
+    pair = (
+        (w2, w1.reshape(*w1.shape, *(1 for _ in window)))
+        if flat and whole
+        else (w1[(..., *(None for _ in window))], w2)
+    )
+    np.testing.assert_allclose(change(tuned), 3 / rank * np.kron(*pair), rtol=1e-4, atol=1e-4)
+    jax.tree.map(np.testing.assert_array_equal, hf_peft.load(tmp_path / "a", params, roles), tuned)
+
+
+def test_the_order_that_peft_has_in_one_dimension_is_asked_for(tmp_path):
+    _, params, roles, _ = convolution((3,))
+    for options, message in (
+        (dict(rank=4), "conv has the outer index of its product in w1, and peft has it there in w2"),
+        (dict(rank=1, outer="w2"), "use peftjax.lokr\\(outer='w1'\\) for it"),
+    ):
+        tuned = pj.lokr(targets=("conv",), **options).init(KEY, params, roles)
+        with pytest.raises(ValueError, match=message):
+            hf_peft.save(tmp_path / "a", tuned, roles)
+
+
+def test_cuts_of_several_kinds_are_refused(tmp_path):
+    _, params, roles, _, _ = golden.model("bert")
+    one, other = (pj.lokr(rank=9, factor=f, targets=(name,)) for f, name in ((2, "query"), (4, "value")))
+    with pytest.raises(ValueError, match="the factors that axes are cut by differ: \\['2', '4'\\]"):
+        hf_peft.save(tmp_path / "a", pj.chain(one, other).init(KEY, params, roles), roles)
+    one, other = (pj.lokr(rank=1, decompose_both=b, targets=(name,)) for b, name in ((True, "query"), (False, "value")))
+    with pytest.raises(ValueError, match="whole and low-rank w1 of modules where both can be: they differ"):
+        hf_peft.save(tmp_path / "a", pj.chain(one, other).init(KEY, params, roles), roles)
+
+
+@pytest.mark.parametrize(
+    "page,message",
+    [
+        (dict(decompose_factor=0), "decompose_factor is 0, expected a positive integer, or -1"),
+        (dict(decompose_factor=4), r"shape: .*query.lokr_w1_a is \[8,1\], expected \[4,1\]"),
+        (dict(decompose_both=False), r"missing: .*query.lokr_w1 \[8,8\]"),
+        (dict(rank_dropout=0.5), "rank_dropout is 0.5, expected 0"),
+        (dict(r=9), "missing: .*query.lokr_w1 "),
+        (dict(target_modules=["word_embeddings"]), "word_embeddings is a table; peft has LoKr for linear layers"),
+    ],
+)
+def test_pages_of_lokr_that_do_not_fit(page, message, tmp_path):
+    folder = tmp_path / "a"
+    shutil.copytree(golden.GOLDEN / "bert" / "lokr", folder)
+    (folder / CONFIG).write_text(json.dumps({**json.loads((folder / CONFIG).read_text()), **page}))
+    _, params, roles, _, _ = golden.model("bert")
+    with pytest.raises(ValueError, match=message):
+        hf_peft.load(folder, params, roles)
 
 
 def test_ranks_and_alphas_of_other_modules_are_named(tmp_path):

@@ -9,7 +9,17 @@ import jax
 from peftjax import method as methods
 from peftjax.flat import near, not_finite
 from peftjax.folders import replacing
-from peftjax.interop import peft_adalora, peft_ia3, peft_loha, peft_lora, peft_oft, peft_prefix, peft_prompt, peft_vera
+from peftjax.interop import (
+    peft_adalora,
+    peft_ia3,
+    peft_loha,
+    peft_lokr,
+    peft_lora,
+    peft_oft,
+    peft_prefix,
+    peft_prompt,
+    peft_vera,
+)
 from peftjax.interop.base import Base
 from peftjax.interop.config import CONFIG, about, read_options, read_page, write_page
 from peftjax.interop.formats import Format, Options, adapted_modules, full_parts, saved_page, tables, untouched
@@ -32,6 +42,7 @@ FORMATS: dict[str, Format] = {
     "PROMPT_TUNING": peft_prompt.FORMAT,
     "P_TUNING": peft_prompt.OF_NETWORKS,
     "LOHA": peft_loha.FORMAT,
+    "LOKR": peft_lokr.FORMAT,
     "VERA": peft_vera.FORMAT,
     "OFT": peft_oft.FORMAT,
     "PREFIX_TUNING": peft_prefix.FORMAT,

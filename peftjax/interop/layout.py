@@ -65,7 +65,8 @@ def layout(
       labels: the array's axes: `(k,)` is axis k of the leaf, a word is an axis of its own.
       shape: the array's shape.
       order: the tensor's axes: "i", "o" for all input and output axes of the leaf, "c" for a convolution's input
-        channels and "x" for the rest of its window, each an axis; 1 for an axis of size 1; any other word for itself.
+        channels and "x" for the rest of its window, each an axis; 1 for an axis of size 1; any other word for itself; a
+        list of words for one axis of all of theirs.
       ranks: which entries of the axis "rank" the tensor holds, in their order; None for all.
     """
     numbers = dict(zip((k for k, letter in enumerate(spot.role.axes) if letter in "sb"), spot.index))
@@ -73,16 +74,16 @@ def layout(
     kept = [label for label, n in zip(labels, index) if n is None]
     sizes = [n for n, at in zip(shape, index) if at is None]
     at = lambda axes: tuple(kept.index((k,)) for k in axes if (k,) in kept)
-    groups: list[tuple[int, ...]] = []
-    for word in order:
-        if word == 1:
-            groups.append(())
-        elif word == "x":
-            groups += [at((k,)) for k in window(spot)]
-        elif word in ("i", "o", "c"):
-            groups.append(at(inputs(spot) if word == "i" else outputs(spot) if word == "o" else inputs(spot)[:1]))
-        else:
-            groups.append((kept.index(word),))
+    sides = {"i": inputs(spot), "o": outputs(spot), "c": inputs(spot)[:1]}
+
+    def axes(word: Any) -> list[tuple[int, ...]]:
+        if isinstance(word, list):
+            return [tuple(k for w in word for group in axes(w) for k in group)]
+        if word == "x":
+            return [at((k,)) for k in window(spot)]
+        return [() if word == 1 else at(sides[word]) if word in sides else (kept.index(word),)]
+
+    groups = [group for word in order for group in axes(word)]
     if sorted(k for group in groups for k in group) != list(range(len(kept))):
         raise ValueError(f"{spot.path} ({spot.role.axes}): an array of axes {labels} does not make a tensor of {order}")
     whole = tuple(math.prod(sizes[k] for k in group) for group in groups)

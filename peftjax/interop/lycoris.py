@@ -30,22 +30,30 @@ OPTIONS = {
 }
 
 
-def grouped(options: Options, spots: Sequence[Spot], base: Base, make: Callable[..., Method]) -> list[Method]:
-    """A method for each pair of a rank and an alpha: `make(rank=, alpha=, targets=)`.
+def grouped(
+    options: Options,
+    spots: Sequence[Spot],
+    base: Base,
+    make: Callable[..., Method],
+    outer: Callable[[Spot, int], dict[str, str]] = lambda spot, rank: {},
+) -> list[Method]:
+    """A method for each group of leaves with the same settings: `make(rank=, alpha=, targets=)`, and what `outer` adds.
 
     Raises:
       ValueError: the layers of a stacked leaf have different ranks or alphas, or only some of them are chosen.
     """
-    of = lambda spot, what: pattern_value(options[f"{what}_pattern"] or {}, spot.module, options[SHORT[what]])
-    groups: dict[tuple[int, float], list[str]] = {}
+    value = lambda spot, name, key: pattern_value(options[f"{name}_pattern"] or {}, spot.module, options[key])
+    groups: dict[tuple[Any, ...], list[str]] = {}
     for path in base.leaves(spots, "target_modules"):
-        pairs = [(of(spot, "rank"), of(spot, "alpha")) for spot in spots if spot.path == path]
-        pair = constant(pairs, f"the layers that {path} stacks have a rank and an alpha: they")
-        groups.setdefault(pair, []).append(path)
-    return [make(rank=r, alpha=alpha, targets=regex(paths)) for (r, alpha), paths in groups.items()]
-
-
-SHORT = {"rank": "r", "alpha": "alpha"}
+        found = [spot for spot in spots if spot.path == path]
+        pairs = [(value(spot, "rank", "r"), value(spot, "alpha", "alpha")) for spot in found]
+        rank, alpha = constant(pairs, f"the layers that {path} stacks have a rank and an alpha: they")
+        more = outer(found[0], rank)
+        groups.setdefault((rank, alpha, *more.items()), []).append(path)
+    return [
+        make(rank=rank, alpha=alpha, targets=regex(paths), **dict(more))
+        for (rank, alpha, *more), paths in groups.items()
+    ]
 
 
 def check(spot: Spot, name: str) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import peft
 import torch
 import transformers
-from peft import LoHaConfig, OFTConfig, VeraConfig
+from peft import LoHaConfig, LoKrConfig, OFTConfig, VeraConfig
 
 GOLDEN = pathlib.Path(__file__).parent
 BASES = {"bert": transformers.BertForSequenceClassification, "llama": transformers.LlamaForCausalLM}
@@ -26,6 +26,17 @@ CASES = {
         alpha_pattern={"layer.1.attention.self.query": 7},
         **BERT,
     ),
+    "bert/lokr": LoKrConfig(
+        r=1,
+        alpha=3,
+        target_modules=["query", "value", "intermediate.dense"],
+        decompose_factor=8,
+        decompose_both=True,
+        rank_pattern={"value": 4},
+        alpha_pattern={"layer.1.attention.self.query": 7},
+        **BERT,
+    ),
+    "llama/lokr": LoKrConfig(r=1, alpha=3, target_modules=["q_proj", "v_proj", "down_proj"], **LLAMA),
     "llama/loha": LoHaConfig(r=2, alpha=5, target_modules=["q_proj", "v_proj", "down_proj"], **LLAMA),
     "bert/oft": OFTConfig(
         oft_block_size=12,  # which divides neither 16 nor 32: peft takes 8
