@@ -1,5 +1,6 @@
 """DoRA: worked numbers of `m V / |V|`, its switches and its cost."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +10,7 @@ from jax import lax
 from peftjax.roles import Role, Roles
 
 from experiments.bench.step import steps
+from experiments.models import bert
 
 KEY = jax.random.key(0)
 
@@ -175,6 +177,39 @@ def scanned(step, tokens=2048, width=384, layers=6):
 
 def test_a_scanned_step_costs_little_more_than_loras():
     assert scanned(pj.dora(rank=8, targets="up|down")) <= 1.15 * scanned(pj.lora(rank=8, targets="up|down"))
+
+
+class Block(nn.Module):
+    """A layer of BERT as a step of a scan."""
+
+    config: bert.Config
+
+    @nn.compact
+    def __call__(self, x, mask):
+        return bert.Layer(self.config, name="layer")(x, mask, False), None
+
+
+def scanned_bert(method, layers=6, width=384):
+    """XLA's count of a step of BERT's layers under `nn.scan`; it counts a loop's body once, so the loop is unrolled."""
+    config = bert.Config(8, width, layers, 12, 4 * width, 8, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    options = dict(variable_axes={"params": 0}, split_rngs={"params": True}, length=layers, unroll=layers)
+    stack = nn.scan(Block, in_axes=nn.broadcast, **options)(config)
+    fn = lambda params, x, mask: stack.apply({"params": params}, x, mask)[0]
+    x, mask = jnp.ones((16, 128, width)), jnp.ones((16, 128))
+    types = jax.eval_shape(stack.init, KEY, x, mask)["params"]
+    params = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), types)
+    apply, tuned = pj.attach(method, fn, params, x, mask, key=KEY)
+    trainable, frozen = pj.partition(tuned)
+    assert len(pj.extract(tuned)) >= 6 * 2 and not pj.explain(fn, tuned, x, mask).merged
+    grad = jax.grad(lambda t, f: (apply(pj.combine(t, f), x, mask) ** 2).sum())
+    return jax.jit(grad).lower(trainable, frozen).compile().cost_analysis()["flops"]
+
+
+@pytest.mark.third_party
+def test_a_step_of_a_scanned_bert_costs_little_more_than_loras():
+    lora, dora = (scanned_bert(make(rank=8, alpha=16, targets=".*kernel")) for make in (pj.lora, pj.dora))
+    assert lora > 6 * 1.5e10  # of every layer, not of one
+    assert dora <= 1.15 * lora
 
 
 @pytest.mark.third_party
