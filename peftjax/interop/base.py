@@ -33,29 +33,42 @@ class Base:
         """The parameters that one leaf holds."""
         return [spot for spot in self.spots.values() if spot.path == path]
 
-    def kernels(self, options: Mapping[str, Any]) -> list[Spot]:
-        """The kernels of the modules that `target_modules` and its companions name.
+    def targeted(self, options: Mapping[str, Any]) -> list[str]:
+        """The modules that `target_modules` and its companions name.
 
         Raises:
-          ValueError: they name none, name a module without a kernel, or name regexes that are none.
+          ValueError: they name none, or name regexes that are none.
         """
         try:
             hit = [module for module in self.modules if targeted(module, options)]
         except re.error as error:
             raise ValueError(f"target_modules or one of its companions is no regex: {error}") from None
-        kernels = [spot for spot in self.spots.values() if spot.is_kernel]
-        found = [spot for spot in kernels if spot.module in set(hit)]
-        bare = set(hit) - {spot.module for spot in found}
-        if bare:
-            raise ValueError(f"target_modules names {', '.join(sorted(bare)[:5])}, which have no kernel")
-        if not found:
+        if not hit:
             wanted = options["target_modules"]
             last = wanted if isinstance(wanted, str) else (wanted or [""])[0]
             raise ValueError(
                 f"target_modules={wanted!r} names no module of this model (nearest: {near(last, self.modules)}); does "
                 "`names` map its leaves to the torch names?"
             )
+        return hit
+
+    def kernels(self, options: Mapping[str, Any]) -> list[Spot]:
+        """The kernels of these modules.
+
+        Raises:
+          ValueError: a module has none, or there are no modules.
+        """
+        hit = set(self.targeted(options))
+        found = [spot for spot in self.spots.values() if spot.is_kernel and spot.module in hit]
+        if bare := hit - {spot.module for spot in found}:
+            raise ValueError(f"target_modules names {', '.join(sorted(bare)[:5])}, which have no kernel")
         return found
+
+    @property
+    def norms(self) -> set[str]:
+        """The modules that have a scale and no kernel."""
+        scales = {spot.module for spot in self.spots.values() if spot.role.op == "scale"}
+        return scales - {spot.module for spot in self.spots.values() if spot.is_kernel}
 
     def saved(self, modules: Iterable[str] | None) -> list[Spot]:
         """The parameters of the modules that `modules_to_save` names."""

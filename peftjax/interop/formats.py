@@ -14,7 +14,7 @@ from peftjax.interop.match import targets_of
 from peftjax.interop.names import Spot
 from peftjax.interop.slots import Part, Parts, Slot
 from peftjax.method import Method
-from peftjax.methods.unfreeze import unfreeze
+from peftjax.methods.unfreeze import Full, unfreeze
 from peftjax.overlay import Overlay, layers
 from peftjax.paths import flatten
 
@@ -40,6 +40,7 @@ class Format:
       plain: by type of overlay, the same overlay as peft's files can hold it.
       wraps: whether peft wraps the modules that it adapts, and then names their own tensors as in `base_layer`.
       placed: the slots under the names, and in the parts of tensors, that the files have.
+      inside: where the tensors of an adapted module lie that are trained themselves.
       only: what `bias` is where the biases of adapted modules train, and no others.
       begun: a tree that the method has just initialised, as the options have it before tensors fill it.
       restored: the tree as the model needs it, from one that holds a file's tensors.
@@ -55,6 +56,7 @@ class Format:
     plain: Mapping[type, Callable[[Any], Any]] = dataclasses.field(default_factory=dict)
     wraps: bool = True
     placed: Callable[[list[Slot], Base, Options], list[Slot]] = lambda slots, base, options: slots
+    inside: str = "base_layer"
     only: str = "lora_only"
     begun: Callable[[Any, Options, Base], Any] = lambda tuned, options, base: tuned
     restored: Callable[[Any, Base, Options], Any] = lambda tuned, base, options: tuned
@@ -82,13 +84,13 @@ def is_bias(spot: Spot) -> bool:
     return spot.name.rpartition(".")[2] == "bias"
 
 
-def full_parts(adapted: set[str]) -> Parts:
-    """The tensor of a leaf that is trained itself; one in an adapted module lies in its `base_layer`."""
+def full_parts(adapted: set[str], inside: str) -> Parts:
+    """The tensor of a leaf that is trained itself; in an adapted module, it lies under a name of the format's."""
 
     def parts(x: Any, spot: Spot) -> list[Part]:
         last = spot.name.rpartition(".")[2]
-        inside = spot.module in adapted
-        return [Part("value", spot.of_module(f"base_layer.{last}") if inside else spot.name, whole(spot))]
+        name = spot.of_module(f"{inside}.{last}") if spot.module in adapted else spot.name
+        return [Part("value", name, whole(spot))]
 
     return parts
 
@@ -98,7 +100,8 @@ def adapted_modules(tuned: Any, base: Base, format: Format) -> set[str]:
     if not format.wraps:
         return set()
     held = {path for path, leaf in flatten(tuned) if any(type(x) in format.parts for x in layers(leaf))}
-    return {spot.module for spot in base.spots.values() if spot.path in held and spot.is_kernel}
+    able = base.norms if Full in format.parts else {spot.module for spot in base.spots.values() if spot.is_kernel}
+    return {spot.module for spot in base.spots.values() if spot.path in held} & able
 
 
 def tables(base: Base, adapted: Iterable[str]) -> list[Spot]:

@@ -12,6 +12,7 @@ from peftjax.folders import replacing
 from peftjax.interop import (
     peft_adalora,
     peft_ia3,
+    peft_ln,
     peft_loha,
     peft_lokr,
     peft_lora,
@@ -46,6 +47,7 @@ FORMATS: dict[str, Format] = {
     "VERA": peft_vera.FORMAT,
     "OFT": peft_oft.FORMAT,
     "PREFIX_TUNING": peft_prefix.FORMAT,
+    "LN_TUNING": peft_ln.FORMAT,
 }
 
 
@@ -141,7 +143,7 @@ def _read(folder: Path, params: Any, roles: Roles, names: Names, rope: Rope = No
 
 
 def _slots(tuned: Any, format: Format, base: Base, options: Options) -> list[Slot]:
-    parts = {**format.parts, Full: full_parts(adapted_modules(tuned, base, format))}
+    parts = {**format.parts, Full: full_parts(adapted_modules(tuned, base, format), format.inside)}
     return format.placed(slots(tuned, base, parts, format.prefix), base, options)
 
 
@@ -180,7 +182,11 @@ def save(
         raise ValueError(f"not saved, for these hold a NaN or an infinity: {', '.join(broken)}. Did training diverge?")
     of = lambda kinds: [(p, x, base.at(p)) for p, leaf in flatten(tuned) for x in layers(leaf) if type(x) in kinds]
     adapted = adapted_modules(tuned, base, format)
-    saved, held = saved_page(of([Full]), adapted, base, task_type, format.only)
+    inside = adapted if Full in format.parts else set()
+    saved, held = saved_page(
+        [t for t in of([Full]) if t[2][0].module not in inside], adapted, base, task_type, format.only
+    )
+    held += [spot for spot in base.spots.values() if spot.module in inside]
     if lost := [f"{k}={v!r}" for k, v in saved.items() if k not in format.options and v not in (None, "none")]:
         raise ValueError(
             f"peft's files of this method cannot say {', '.join(lost)}: leaves that are trained themselves"
@@ -189,7 +195,7 @@ def save(
     page = {**format.page(of(format.parts), base), **saved, "task_type": task_type, "inference_mode": True}
     tensors = read_slots(tuned, _slots(tuned, format, base, {}))
     leaves = dict(flatten(strip(tuned)))
-    parts = full_parts(adapted)
+    parts = full_parts(adapted, format.inside)
     for spot in held:
         for part in parts(None, spot):
             tensors.setdefault(format.prefix + part.name, untouched(spot, leaves))
@@ -201,10 +207,11 @@ def save(
 
 
 def _format(tuned: Any) -> Format:
-    kinds = {type(x): x for _, leaf in flatten(tuned) for x in layers(leaf) if type(x) is not Full}
+    kinds = {type(x) for _, leaf in flatten(tuned) for x in layers(leaf)}
+    kinds = kinds - {Full} or kinds
     fits = [format for format in FORMATS.values() if kinds and all(kind in format.parts for kind in kinds)]
     if not fits:
-        known = sorted({kind.__name__ for format in FORMATS.values() for kind in format.parts})
+        known = sorted({kind.__name__ for format in FORMATS.values() for kind in format.parts} - {Full.__name__})
         raise ValueError(
             f"peft has no file for {', '.join(sorted(kind.__name__ for kind in kinds)) or 'this tree'}; expected "
             f"overlays of one of its methods: {', '.join(known)}"

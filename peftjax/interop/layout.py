@@ -111,12 +111,14 @@ def window(spot: Spot) -> list[int]:
 
 
 def whole(spot: Spot) -> tuple[Any, ...]:
-    """The order of axes in which torch holds the parameter itself.
+    """The order of axes in which torch holds the parameter itself; the axes of a bias are one.
 
     A transposed kernel is how Flax models hold the kernel of GPT-2's `Conv1D`, which torch holds as (in, out); a
     `weight`, as Equinox calls it, lies as in torch.
     """
     role, last = spot.role, spot.path.rpartition("/")[2]
+    if role.op == "bias" and set(role.axes) & {"o"} and not set(role.axes) - set("osb"):
+        return ("o",)
     if not spot.is_kernel:
         return tuple((k,) for k, letter in enumerate(role.axes) if letter not in "sb")
     if role.op == "conv":

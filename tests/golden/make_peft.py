@@ -11,7 +11,7 @@ import numpy as np
 import peft
 import torch
 import transformers
-from peft import LoHaConfig, LoKrConfig, OFTConfig, VeraConfig
+from peft import LNTuningConfig, LoHaConfig, LoKrConfig, OFTConfig, VeraConfig
 
 GOLDEN = pathlib.Path(__file__).parent
 BASES = {"bert": transformers.BertForSequenceClassification, "llama": transformers.LlamaForCausalLM}
@@ -55,6 +55,8 @@ CASES = {
         block_share=True,
         **LLAMA,
     ),
+    "bert/ln": LNTuningConfig(target_modules=["LayerNorm"], **BERT),
+    "llama/ln": LNTuningConfig(target_modules=["input_layernorm", "norm"], **LLAMA),
 }
 
 
