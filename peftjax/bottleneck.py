@@ -57,22 +57,22 @@ class Bottleneck(Output):
         """The scale has the stacked axes, and the norm's arrays the norm's own."""
         return {"scale": self.stacked, "norm_scale": self.norm_axes, "norm_bias": self.norm_axes}
 
-    def change(self, z: Any) -> Any:
+    def change(self, z: Any, site: Any) -> Any:
         """A(z), unscaled, of what the bottleneck reads."""
         raise NotImplementedError(f"{type(self).__name__}.change")
 
     def on_output(self, y: Any, site: Any) -> Any:
         """The layer's output and the change made of it."""
-        return y + self._scaled(y)
+        return y + self._scaled(y, site)
 
     def on_residual(self, h: Any, r: Any, site: Any) -> Any:
         """The layer's output and the change, made of what `place` says."""
         if self.place == "inserted":
             return self.on_output(h, site)
-        return h + self._scaled(r if self.place == "parallel" else self._normalised(h + r))
+        return h + self._scaled(r if self.place == "parallel" else self._normalised(h + r), site)
 
-    def _scaled(self, z: Any) -> Any:
-        return self.change(z) * self.scale.astype(z.dtype)
+    def _scaled(self, z: Any, site: Any) -> Any:
+        return self.change(z, site) * self.scale.astype(z.dtype)
 
     def _normalised(self, s: Any) -> Any:
         """What the norm that follows makes of the sum; the sum where none does."""
@@ -91,10 +91,10 @@ def row(vector: Any, like: Any) -> Any:
     return jnp.expand_dims(vector.astype(like.dtype), tuple(range(like.ndim - 1)))
 
 
-def features(x: Any, w: Any) -> Any:
-    """`x w` over the last axis of x, in x's dtype."""
+def features(x: Any, w: Any, site: Any) -> Any:
+    """`x w` over the last axis of x, in x's dtype; at a site of experts, that of one of them."""
     rest = tuple(("x", k) for k in range(x.ndim - 1))
-    return product(x, w, (*rest, "in"), ("in", "out"), (*rest, "out"))
+    return product(x, w, (*rest, "in"), ("in", "out"), (*rest, "out"), batched=bool(site.batch))
 
 
 def width(leaf: Leaf, bottleneck: int | None, reduction: float) -> int:

@@ -279,20 +279,23 @@ def pair(x: Factor, w: Factor, keep: set[Any], precision: Any = None) -> Factor:
     return Factor(product(x.array, w.array, x.atoms, w.atoms, out, precision), out)
 
 
-def product(x: Any, w: Any, xs: Labels, ws: Labels, out: Labels, precision: Any = None) -> Any:
-    """`x . w` over the labels they share, in x's dtype, with axes `out`; w is the smaller of the two."""
+def product(x: Any, w: Any, xs: Labels, ws: Labels, out: Labels, precision: Any = None, batched: bool = False) -> Any:
+    """`x . w` over the labels they share, in x's dtype, with axes `out`; w is the smaller of the two.
+
+    `batched` says that it is one of a batch of products, whose axis a `jax.vmap` around it adds.
+    """
     rows = [a for a in xs if a not in ws]
     made = (*(a for a in xs if a in ws and a in out), *rows, *(a for a in ws if a not in xs))
     if len(rows) > 1 and list(xs[: len(rows)]) == rows == list(made[: len(rows)]) and compat.joins_rows(x):
         joined = x.reshape(-1, *x.shape[len(rows) :])
-        y = _product(joined, w, ("rows", *xs[len(rows) :]), ws, ("rows", *made[len(rows) :]), precision)
+        y = _product(joined, w, ("rows", *xs[len(rows) :]), ws, ("rows", *made[len(rows) :]), precision, batched)
         y = y.reshape(*x.shape[: len(rows)], *y.shape[1:])
     else:
-        y = _product(x, w, xs, ws, made, precision)
+        y = _product(x, w, xs, ws, made, precision, batched)
     return lax.transpose(y, [made.index(a) for a in out])
 
 
-def _product(x: Any, w: Any, xs: Labels, ws: Labels, out: Labels, precision: Any) -> Any:
+def _product(x: Any, w: Any, xs: Labels, ws: Labels, out: Labels, precision: Any, batched: bool) -> Any:
     """The product with axes `out`: those shared and kept, then x's own, then w's own.
 
     JAX takes the gradient for w with x on the right and turns the result. The barrier, which gradients pass too, keeps
@@ -303,8 +306,9 @@ def _product(x: Any, w: Any, xs: Labels, ws: Labels, out: Labels, precision: Any
     at = lambda labels, which: [labels.index(a) for a in which]
     w = w.astype(x.dtype)
     size = lambda labels: math.prod(w.shape[ws.index(a)] for a in labels)
-    # Where w reads more than it writes, x is the large operand. With batch axes, XLA on CPU cannot lay out what this asks for.
-    if not batch and size(summed) > size(a for a in ws if a not in xs):
+    # Where w reads more than it writes, x is the large operand. With batch axes, its own or those of a vmap around it, XLA on
+    # CPU cannot lay out the gradient that this asks for: where they are split over devices, it stops the process.
+    if not batch and not batched and size(summed) > size(a for a in ws if a not in xs):
         turned = at(ws, (*(a for a in ws if a not in xs), *summed))
         w = lax.optimization_barrier(lax.transpose(w, turned))
         w = lax.transpose(w, [turned.index(k) for k in range(len(turned))])

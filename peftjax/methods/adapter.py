@@ -34,10 +34,10 @@ class Adapter(Bottleneck):
         }
         return {**super().labels(), **{name: (*self.stacked, *axes) for name, axes in own.items()}}
 
-    def change(self, z: Any) -> Any:
+    def change(self, z: Any, site: Any) -> Any:
         """A(z)."""
-        inner = ACTIVATIONS[self.activation](features(z, self.down) + row(self.down_bias, z))
-        a = features(inner, self.up) + row(self.up_bias, z)
+        inner = ACTIVATIONS[self.activation](features(z, self.down, site) + row(self.down_bias, z))
+        a = features(inner, self.up, site) + row(self.up_bias, z)
         return a if self.gate is None else a * self.gate.astype(a.dtype)
 
     def summary(self) -> str:

@@ -34,11 +34,14 @@ class Compacter(Bottleneck):
         made = {name: (*self.stacked, *axes) for name, axes in (*own.items(), *vectors.items())}
         return {**super().labels(), **made, "rule": ("term", "row", "column")}
 
-    def change(self, z: Any) -> Any:
+    def change(self, z: Any, site: Any) -> Any:
         """A(z)."""
-        inner = features(z, kronecker(self.rule, self.down_left, self.down_right)) + row(self.down_bias, z)
-        inner = ACTIVATIONS[self.activation](inner)
-        return features(inner, kronecker(self.rule, self.up_left, self.up_right)) + row(self.up_bias, z)
+        down, up = (kronecker(self.rule, *pair) for pair in self._pairs())
+        inner = ACTIVATIONS[self.activation](features(z, down, site) + row(self.down_bias, z))
+        return features(inner, up, site) + row(self.up_bias, z)
+
+    def _pairs(self) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+        return (self.down_left, self.down_right), (self.up_left, self.up_right)
 
     def summary(self) -> str:
         """Its place and its width."""

@@ -52,8 +52,8 @@ class LoReFT(Output):
     def _change(self, z: Any, site: Any) -> Any:
         basis = orthonormal(self.free)
         # W - R before the product: in bfloat16 their difference would drown in the two products.
-        inner = features(z, self.weight - basis) + row(self.bias, z)
-        change = features(inner, basis.T) * self.scale.astype(z.dtype)
+        inner = features(z, self.weight - basis, site) + row(self.bias, z)
+        change = features(inner, basis.T, site) * self.scale.astype(z.dtype)
         if self.positions is None:
             return change
         axis, chosen = site.along(z), _chosen(site.span, *self.positions)
