@@ -35,7 +35,7 @@ from peftjax.methods.ia3 import IA3
 from peftjax.methods.dora import DoRA
 from peftjax.methods.loha import LoHa
 from peftjax.methods.lokr import LoKr
-from peftjax.methods.lora import LoRA
+from peftjax.methods.lora import LoRA, Shift
 from peftjax.methods.oft import OFT
 from peftjax.methods.unfreeze import Full
 from peftjax.methods.vera import VeRA
@@ -88,6 +88,14 @@ def _lora(**options: Any) -> Row:
 def _no_bias(model: Model) -> str | None:
     names = [path.rpartition("/")[2] for path, _ in paths(_example(model.name).params)]
     return None if "bias" in names else "'.*bias' matches no leaf"
+
+
+def _lacks_biases(model: Model) -> str | None:
+    roles, params = _base(model.name)[2], _example(model.name).params
+    chosen = choose(model.targets, params, roles, kernels=True)
+    own = [roles[p].bias for p in chosen]
+    kept = [b and roles[b].kernel == p and roles[b].follows is not None for b, p in zip(own, chosen)]
+    return None if all(kept) else "lora: bias=True at .*(to whose output no bias is added|is added to something else)"
 
 
 def _integers(model: Model) -> str | None:
@@ -144,6 +152,7 @@ METHODS: dict[str, Row] = {
     "lora_orthogonal": _lora(init="orthogonal"),
     "lora_fa": _lora(train_a=False),
     "lora_dropout": _lora(dropout=0.5),
+    "lora_bias": Row(lambda m: pj.lora(rank=2, alpha=6, bias=True, targets=m.targets), _lacks_biases),
     "dora": Row(lambda m: pj.dora(rank=2, alpha=6, targets=m.targets)),
     "dora_pissa": Row(lambda m: pj.dora(rank=2, alpha=6, init="pissa", targets=m.targets)),
     "dora_dropout": Row(lambda m: pj.dora(rank=2, alpha=6, dropout=0.5, targets=m.targets)),
@@ -208,6 +217,10 @@ def _dense_dora(x: DoRA, base: Any) -> Any:
 def _dense_full(x: Full, base: Any) -> Any:
     scale = x.scale.reshape([n if k in "sb" else 1 for n, k in zip(x.value.shape, x.axes)])
     return scale * x.value + (1 - scale) * base
+
+
+def _dense_shift(x: Shift, base: Any) -> Any:
+    return base + x.shift * x.scale.reshape([n if k in "sb" else 1 for n, k in zip(x.shift.shape, x.axes)])
 
 
 def _dense_loha(x: LoHa, base: Any) -> Any:
@@ -300,6 +313,7 @@ ORACLES: dict[type, Callable[[Any, Any], Any]] = {
     LoKr: _dense_lokr,
     LoRA: _dense_lora,
     OFT: _dense_oft,
+    Shift: _dense_shift,
     VeRA: _dense_vera,
 }
 

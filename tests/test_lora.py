@@ -114,6 +114,35 @@ def test_lora_fa_trains_b_alone():
     assert list(pj.extract(tuned)) == ["w/b"]
 
 
+def test_a_bias_of_b_is_added_to_the_layers_own():
+    """y = x W + b + s (x A B + c), with s = alpha / rank = 3."""
+    params, x = {"w": W, "b": np.ones(3, np.float32)}, np.ones((2, 4), np.float32)
+    fn = lambda p, x: x @ p["w"] + p["b"][None]
+    tuned = pj.lora(rank=2, alpha=6, targets="w", bias=True).init(KEY, params, pj.roles(fn, params, x))
+    assert set(pj.extract(tuned)) == {"w/a", "w/b", "b/shift"} and tuned["b"].shift.shape == (3,)
+    np.testing.assert_array_equal(pj.wrap(fn)(tuned, x), fn(params, x))
+    a, b, c = np.ones((4, 2), np.float32), np.full((2, 3), 0.5, np.float32), np.array([1, -2, 3], np.float32)
+    tuned = pj.insert(tuned, {"w/a": a, "w/b": b, "b/shift": c})
+    for factor in (1, 0.5, 0):
+        want = fn(params, x) + factor * 3 * (x @ a @ b + c)
+        np.testing.assert_allclose(pj.wrap(fn)(pj.scale(tuned, factor), x), want, rtol=1e-6)
+    np.testing.assert_allclose(pj.merge(tuned)["b"], 1 + 3 * c)
+
+
+def test_a_bias_of_b_needs_one_of_the_layer():
+    params, x = {"w": W, "b": np.ones(3, np.float32)}, np.ones((2, 4), np.float32)
+    method, start = (
+        pj.lora(rank=2, targets="w", bias=True),
+        lambda fn: method.init(KEY, params, pj.roles(fn, params, x)),
+    )
+    with pytest.raises(ValueError, match="bias=True at w, to whose output no bias is added"):
+        start(lambda p, x: jnp.tanh(x @ p["w"]) + p["b"][None])
+    with pytest.raises(ValueError, match="bias=True at w, whose bias b is added to something else too"):
+        start(lambda p, x: x @ p["w"] + p["b"][None] + jnp.sin(x[:, :3] + p["b"][None]))
+    with pytest.raises(ValueError, match="pass `roles="):
+        method.init(KEY, params)
+
+
 def tied(p, ids):
     return p["w"][ids] @ p["w"].T
 

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from peftjax.interop import config
 from peftjax.interop.base import Base, regex
 from peftjax.interop.formats import Format, Options, Tuned, copies, neat, trained_whole
-from peftjax.interop.layout import window
+from peftjax.interop.layout import whole, window
 from peftjax.interop.match import pattern_value, patterns_of, targets_of
 from peftjax.interop.names import Spot
 from peftjax.interop.slots import Part, constant
 from peftjax.method import Method
 from peftjax.methods.dora import DoRA, dora
-from peftjax.methods.lora import LoRA, lora
+from peftjax.methods.lora import LoRA, Shift, lora
 
 OPTIONS = {
     **config.TARGETS,
@@ -27,6 +27,7 @@ OPTIONS = {
     "use_rslora": config.flag(False),
     "use_dora": config.flag(False),
     "bias": config.one_of("none", "none", "all", "lora_only"),
+    "lora_bias": config.flag(False),
     # "eva" chooses A from data, and leaves W; "corda", "lora_ga" and "loftq" change W by what no file holds.
     "init_lora_weights": config.one_of(True, True, False, "gaussian", "eva", "orthogonal", "pissa", "olora"),
 }
@@ -35,6 +36,8 @@ OPTIONS = {
 def method(options: Options, base: Base) -> list[Method]:
     """LoRA on the target modules, and training of the modules and biases to save."""
     kernels = base.kernels(options)
+    if options["lora_bias"]:
+        _check_biases(options, kernels)
     groups: dict[tuple[Any, ...], list[Spot]] = {}
     for spot in kernels:
         if spot.role.groups > 1:
@@ -42,6 +45,16 @@ def method(options: Options, base: Base) -> list[Method]:
         groups.setdefault((uses(spot), chosen_layers(spot, kernels)), []).append(spot)
     made = [_lora(options, spots, *key) for key, spots in groups.items()]
     return [*made, *trained_whole(options, base, kernels)]
+
+
+def _check_biases(options: Options, kernels: Sequence[Spot]) -> None:
+    if options["use_dora"] or options["bias"] != "none":
+        raise ValueError(
+            "lora_bias trains what is added to the biases of adapted modules, which use_dora has no place for, and "
+            f"bias={options['bias']!r} may train already; expected use_dora false, and bias 'none'"
+        )
+    if bare := [spot.module for spot in kernels if spot.role.bias is None]:
+        raise ValueError(f"lora_bias is added to the bias of a module; {', '.join(bare[:5])} have none in this model")
 
 
 def uses(spot: Spot) -> tuple[str, ...] | None:
@@ -84,7 +97,7 @@ def _lora(options: Options, spots: Sequence[Spot], uses: Any, layers: Any) -> Me
         layers=layers,
     )
     if not options["use_dora"]:
-        return lora(**settings, uses=uses)
+        return lora(**settings, uses=uses, bias=options["lora_bias"])
     if uses:
         raise ValueError(
             f"use_dora on {spots[0].module}, which is table and head in one; peft's acts on the table alone"
@@ -94,6 +107,9 @@ def _lora(options: Options, spots: Sequence[Spot], uses: Any, layers: Any) -> Me
 
 def parts(x: Any, spot: Spot) -> Iterator[Part]:
     """A is (r, in) and B is (out, r); a table's have names of their own, a convolution's A has its window."""
+    if isinstance(x, Shift):
+        yield Part("shift", spot.of_module("lora_B.bias"), whole(spot))
+        return
     op, size = spot.role.op, [1] * len(window(spot)) if spot.role.op == "conv" else []
     a, b = ("lora_embedding_A", "lora_embedding_B") if op == "embedding" else ("lora_A.weight", "lora_B.weight")
     yield Part("a", spot.of_module(a), ("rank", "c", "x") if op == "conv" else ("rank", "i"))
@@ -143,7 +159,10 @@ def plain(x: LoRA | DoRA) -> LoRA | DoRA:
 
 def page(tuned: Sequence[Tuned], base: Base) -> dict[str, Any]:
     """The configuration of these updates."""
+    shifts = [each for each in tuned if isinstance(each[1], Shift)]
+    tuned = [each for each in tuned if not isinstance(each[1], Shift)]
     found, kinds = ranks(tuned), {type(x) for _, x, _ in tuned}
+    _check_shifts(shifts, found)
     if len(kinds) > 1:
         raise ValueError("some overlays are LoRA and others DoRA; peft's files hold one kind")
     return {
@@ -151,15 +170,31 @@ def page(tuned: Sequence[Tuned], base: Base) -> dict[str, Any]:
         **rank_page(found),
         "target_modules": targets_of(found, base.modules),
         "lora_dropout": constant((x.dropout for _, x, _ in tuned), "dropout rates"),
+        "lora_bias": bool(shifts),
         "init_lora_weights": True,
         "peft_type": "LORA",
     }
 
 
+def _check_shifts(shifts: Sequence[Tuned], found: dict[str, tuple[int, float]]) -> None:
+    """A bias of B is in all modules or in none, with their scale."""
+    scales = {s.module: float(x.scale[s.index] if x.scale.ndim else x.scale) for _, x, spots in shifts for s in spots}
+    if scales and (bare := sorted(set(found) - set(scales))):
+        raise ValueError(
+            f"LoRA has a bias in {min(scales)} and others, and none in {', '.join(bare)}; peft's files say one"
+        )
+    if other := [
+        m for m, scale in scales.items() if m not in found or not math.isclose(scale, found[m][1], rel_tol=1e-6)
+    ]:
+        raise ValueError(
+            f"the scale of LoRA's bias is not that of its product in {', '.join(other)}; peft has one for both"
+        )
+
+
 FORMAT = Format(
     options=OPTIONS,
     method=method,
-    parts={LoRA: parts, DoRA: parts},
+    parts={LoRA: parts, DoRA: parts, Shift: parts},
     page=page,
     beside=copies,
     plain={LoRA: plain, DoRA: plain},

@@ -1,14 +1,17 @@
 """LoRA: a low-rank update beside each chosen weight."""
 
+import dataclasses
 import math
+import re
 from typing import Any, Mapping, Sequence
 
 import jax.numpy as jnp
 
 from peftjax.factored import Factor, Term
 from peftjax.lowrank import INITS, checked, layered, replaced
-from peftjax.method import Leaf, Method, check_known, method, per_leaf
+from peftjax.method import Leaf, Method, check_known, chosen_leaves, laid, method, per_leaf
 from peftjax.overlay import Overlay, atoms, frozen, overlay, static, trained
+from peftjax.roles import Roles
 from peftjax.targets import Targets, pattern_value
 
 
@@ -57,6 +60,26 @@ class LoRA(Overlay):
         return f"rank={self.a.shape[self.labels()['a'].index('rank')]}" if hasattr(self.a, "shape") else ""
 
 
+@overlay
+class Shift(Overlay):
+    """`b + scale c` on the bias of a layer with LoRA: c is added to what its B gives."""
+
+    base: Any = frozen()
+    shift: Any = trained()
+    scale: Any = frozen()
+    axes: str = static()
+    locked: tuple[str, ...] = static(default=())
+
+    def labels(self) -> dict[str, tuple[Any, ...]]:
+        """The shift has the bias's axes, the scale the stacked ones."""
+        return {"shift": tuple((k,) for k in range(len(self.axes))), "scale": atoms(self.axes, "sb")}
+
+    def expand(self, terms: tuple[Term, ...]) -> tuple[Term, ...]:
+        """The base's terms and the shift."""
+        labels = self.labels()
+        return (*terms, Term(factors=(Factor(self.shift, labels["shift"]), Factor(self.scale, labels["scale"]))))
+
+
 @method
 def lora(
     rank: int = 8,
@@ -72,6 +95,7 @@ def lora(
     layers: Sequence[int] | None = None,
     uses: Sequence[str] | None = None,
     train_a: bool = True,
+    bias: bool = False,
 ) -> Method:
     """Adds a trainable low-rank product to each chosen weight: `y = x W + s (x A) B`, with `s = alpha / rank`.
 
@@ -91,12 +115,15 @@ def lora(
       layers: for weights stacked by a scan, the layers that are tuned; the others have scale 0.
       uses: limits the update to some uses of a leaf, such as `("gather",)` for the lookup of a tied embedding.
       train_a: False trains B alone (LoRA-FA).
+      bias: whether B has a bias c, zero at first: `y = x W + b + s (x A B + c)`. It lies on the layer's own bias b, and
+        needs roles, which find it. It can hold the change of b where A and B were taken from two trained models.
 
     Returns:
       The method. Without roles it takes kernels of two axes only, (in, out).
 
     Raises:
-      ValueError: a rank below 1 or above the smaller side of a weight, an unknown init, a pattern that matches nothing.
+      ValueError: a rank below 1 or above the smaller side of a weight, an unknown init, a pattern that matches nothing;
+        with `bias`, a weight without a bias of its own.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj
@@ -111,10 +138,13 @@ def lora(
         raise ValueError(f"lora: dropout is a rate in [0, 1), found {dropout}")
     ranks, alphas = dict(rank_pattern or {}), dict(alpha_pattern or {})
 
-    def make(leaf: Leaf) -> LoRA:
-        r = checked("lora", leaf, pattern_value(ranks, leaf.path, rank))
+    def scale_of(leaf: Leaf) -> tuple[int, float]:
+        r = pattern_value(ranks, leaf.path, rank)
         top = pattern_value(alphas, leaf.path, r if alpha is None else alpha)
-        scale = top / math.sqrt(r) if rslora else top / r
+        return checked("lora", leaf, r), top / math.sqrt(r) if rslora else top / r
+
+    def make(leaf: Leaf) -> LoRA:
+        r, scale = scale_of(leaf)
         a, b, started = INITS[init](leaf, r, scale)
         return LoRA(
             base=leaf.value,
@@ -130,11 +160,33 @@ def lora(
             locked=() if train_a else ("a",),
         )
 
-    return per_leaf(
-        make,
-        targets,
-        exclude,
-        identity_at_init=init != "orthogonal",
-        patterns=(*ranks, *alphas),
-        kernels=True,
-    )
+    patterns = (*ranks, *alphas)
+    made = per_leaf(make, targets, exclude, init != "orthogonal", patterns, kernels=True)
+
+    def start(key: Any, params: Any, roles: Roles | None) -> Any:
+        tuned = made.start(key, params, roles)
+        shifts = {}
+        for leaf in chosen_leaves(key, params, roles, targets, exclude, patterns, kernels=True):
+            (on,) = chosen_leaves(key, params, roles, re.escape(_bias_of(leaf, roles)))
+            zero, scale = jnp.zeros(on.type.shape, jnp.float32), layered("lora", on, scale_of(leaf)[1], layers)
+            shifts[on.path] = Shift(base=on.value, shift=zero, scale=scale, axes=on.axes)
+        return laid(tuned, shifts)
+
+    return dataclasses.replace(made, start=start) if bias else made
+
+
+def _bias_of(leaf: Leaf, roles: Roles | None) -> str:
+    """The path of the bias that is added to a weight's output, and to nothing else."""
+    if roles is None:
+        raise ValueError(
+            "lora: bias=True finds the layers' biases by roles: pass `roles=peftjax.roles(fn, params, batch)`"
+        )
+    path = roles[leaf.path].bias
+    if path is None:
+        raise ValueError(
+            f"lora: bias=True at {leaf.path}, to whose output no bias is added; leave it out with `exclude`, or tune it "
+            "by a lora without bias"
+        )
+    if roles[path].kernel != leaf.path or roles[path].follows is None:
+        raise ValueError(f"lora: bias=True at {leaf.path}, whose bias {path} is added to something else too")
+    return path

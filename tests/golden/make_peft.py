@@ -11,7 +11,7 @@ import numpy as np
 import peft
 import torch
 import transformers
-from peft import LNTuningConfig, LoHaConfig, LoKrConfig, OFTConfig, VeraConfig
+from peft import LNTuningConfig, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, VeraConfig
 
 GOLDEN = pathlib.Path(__file__).parent
 BASES = {"bert": transformers.BertForSequenceClassification, "llama": transformers.LlamaForCausalLM}
@@ -25,6 +25,9 @@ CASES = {
         rank_pattern={"value": 2},
         alpha_pattern={"layer.1.attention.self.query": 7},
         **BERT,
+    ),
+    "bert/lora_b_bias": LoraConfig(
+        r=2, lora_alpha=6, target_modules=["query", "output.dense"], rank_pattern={"query": 3}, lora_bias=True, **BERT
     ),
     "bert/lokr": LoKrConfig(
         r=1,
