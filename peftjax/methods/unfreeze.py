@@ -41,10 +41,11 @@ def unfreeze(targets: Targets, *, exclude: Targets = ()) -> Method:
       exclude: leaves to leave out; wins over `targets`.
 
     Returns:
-      The method. The trained copy is float32, also on a bfloat16 base; the original stays as it is.
+      The method. The trained copy is float32, also on a bfloat16 base; the original stays as it is. A leaf that trains
+      itself already, as a bias of the head does in `chain(bitfit(), head())`, goes on doing so.
 
     Raises:
-      ValueError: a pattern that matches nothing, a leaf of integers, a leaf that already holds an overlay.
+      ValueError: a pattern that matches nothing, a leaf of integers, a leaf that already holds another overlay.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj
@@ -56,6 +57,8 @@ def unfreeze(targets: Targets, *, exclude: Targets = ()) -> Method:
 
 
 def _full(leaf: Leaf) -> Full:
+    if isinstance(leaf.value, Full) and leaf.value.trained_fields:
+        return leaf.value
     if is_overlay(leaf.value):
         raise ValueError(
             f"unfreeze: {leaf.path} already holds {leaf.value!r}, which would act no more; exclude the leaf"
