@@ -102,12 +102,12 @@ def like(y: Any, kind: Any) -> Any:
     return jax.sharding.reshard(y, kind.sharding)
 
 
-def whole(x: Any, start: int) -> Any:
-    """x with the dimensions from `start` on whole on every device, where its mesh has explicit axes; else x."""
+def whole(x: Any, start: int, count: int) -> Any:
+    """x with `count` dimensions from `start` on whole on every device, where its mesh has explicit axes; else x."""
     spec = explicit_spec(x)
-    if spec is None or not any(spec[start:]):
+    if spec is None or not any(spec[start : start + count]):
         return x
-    entries = (*spec[:start], *(None,) * (jnp.ndim(x) - start))
+    entries = (*spec[:start], *(None,) * count, *spec[start + count :])
     return jax.sharding.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*entries)))
 
 

@@ -1,11 +1,11 @@
 """Turns: linear maps of a weight's features among themselves, block by block."""
 
 import dataclasses
-import math
 from functools import partial
 from typing import Any, Sequence
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from peftjax import compat
@@ -50,16 +50,30 @@ class Turn(Factor):
     def acting(self, x: Factor) -> Factor:
         """The map of an array that has the axes `along`, which keeps its axes in their order."""
         sizes = dict(zip(x.atoms, x.array.shape))
+        stacked = tuple(a for a in self.atoms if a not in (BLOCK, ROW, COLUMN))
         rest = tuple(a for a in x.atoms if a not in self.along)
-        last = lax.transpose(x.array, [x.atoms.index(a) for a in (*rest, *self.along)])
+        # Where the axes stand before all others, the map is multiplied from the left: nothing is transposed.
+        others = tuple(a for a in rest if a not in stacked)
+        left = bool(others) and x.atoms == (*stacked, *self.along, *others)
+        lead, tail = (stacked, others) if left else (rest, ())
         size = self.array.shape[self.atoms.index(ROW)]
-        number = math.prod(sizes[a] for a in self.along) // size
-        blocks = compat.whole(last, len(rest)).reshape(*(sizes[a] for a in rest), number, size)
-        labels = (*dict.fromkeys((*rest, *(a for a in self.atoms if a not in (ROW, COLUMN, BLOCK)))), BLOCK, ROW)
-        y = pair(Factor(blocks, (*rest, BLOCK, COLUMN)), self, set(labels), lax.Precision.HIGHEST)
+        last = lax.transpose(x.array, [x.atoms.index(a) for a in (*lead, *self.along, *tail)])
+        shape = (*(sizes[a] for a in lead), -1, size, *(sizes[a] for a in tail))
+        blocks = Factor(compat.whole(last, len(lead), len(self.along)).reshape(shape), (*lead, BLOCK, COLUMN, *tail))
+        lead = tuple(dict.fromkeys((*lead, *stacked)))
+        labels = (*lead, BLOCK, ROW, *tail)
+        both = (self._for_each(blocks), blocks) if left else (blocks, self)
+        y = pair(*both, set(labels), lax.Precision.HIGHEST)
         sizes |= dict(zip(y.atoms, y.array.shape))
-        array = lax.transpose(y.array, [y.atoms.index(a) for a in labels])
-        order = (*labels[:-2], *self.along)
+        order = (*lead, *self.along, *tail)
+        flat = lax.transpose(y.array, [y.atoms.index(a) for a in labels]).reshape([sizes[a] for a in order])
         kept = (*(a for a in order if a not in x.atoms), *x.atoms)
-        flat = array.reshape([sizes[a] for a in order])
         return Factor(lax.transpose(flat, [order.index(a) for a in kept]), kept)
+
+    def _for_each(self, blocks: Factor) -> Factor:
+        """The map with an axis of blocks, also where they share it."""
+        if BLOCK in self.atoms:
+            return self
+        number, k = blocks.array.shape[blocks.atoms.index(BLOCK)], self.atoms.index(ROW)
+        array = jnp.repeat(jnp.expand_dims(self.array, k), number, k)
+        return self.having(array, (*self.atoms[:k], BLOCK, *self.atoms[k:]))
