@@ -35,6 +35,7 @@ def flax_tree(tensors, tree):
 
 KINDS = {
     "bert": ("BertConfig", "FlaxBertForSequenceClassification"),
+    "roberta": ("RobertaConfig", "FlaxRobertaForSequenceClassification"),
     "llama": ("LlamaConfig", "FlaxLlamaForCausalLM"),
     "gpt2": ("GPT2Config", "FlaxGPT2LMHeadModel"),
     "t5": ("T5Config", "FlaxT5ForConditionalGeneration"),

@@ -1,6 +1,7 @@
-"""Writes golden folders with torch and Hugging Face peft: `python tests/golden_write.py`.
+"""Writes golden folders with torch and Hugging Face peft: `python tests/golden_write.py [name ...]`.
 
     gpt2, t5, bart    tiny models of random numbers, with a prompt and a prefix each
+    roberta           another, for `golden/make_peft.py`
 
 `base` holds `config.json`, `model.safetensors`, and the inputs in `ref.npz`; an adapter's `ref.npz` holds its logits under
 each mask. Trained tensors are moved away from where they start.
@@ -8,6 +9,7 @@ each mask. Trained tensors are moved away from where they start.
 
 import json
 import pathlib
+import sys
 
 import numpy as np
 import torch
@@ -38,7 +40,16 @@ MODELS = {
         ),
         "SEQ_2_SEQ_LM",
     ),
+    "roberta": (
+        transformers.RobertaForSequenceClassification,
+        transformers.RobertaConfig(
+            vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24,
+            max_position_embeddings=24, type_vocab_size=1, num_labels=3
+        ),
+        "SEQ_CLS",
+    ),
 }  # fmt: skip
+SOFT = (("prompt", PromptTuningConfig), ("prefix", PrefixTuningConfig))
 
 
 def masks() -> dict[str, np.ndarray]:
@@ -74,7 +85,7 @@ def write(name: str) -> None:
     np.savez(
         folder / "ref.npz", **inputs, **{f"logits_{k}": logits(base, ids, m, decoder_ids) for k, m in masks().items()}
     )
-    for adapter, options in (("prompt", PromptTuningConfig), ("prefix", PrefixTuningConfig)):
+    for adapter, options in () if task == "SEQ_CLS" else SOFT:
         torch.manual_seed(1)
         tuned = get_peft_model(kind.from_pretrained(folder), options(task_type=task, num_virtual_tokens=N)).eval()
         tuned.save_pretrained(HERE / name / adapter)
@@ -88,5 +99,5 @@ def write(name: str) -> None:
 
 
 if __name__ == "__main__":
-    for name in MODELS:
+    for name in sys.argv[1:] or MODELS:
         write(name)

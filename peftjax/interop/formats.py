@@ -162,4 +162,13 @@ def saved_page(
 
 
 def _page(bias: str, modules: set[str], base: Base) -> dict[str, Any]:
-    return {"bias": bias, "modules_to_save": targets_of(modules, base.modules) if modules else None}
+    found = {_head_of(module, modules, base) or module for module in modules}
+    return {"bias": bias, "modules_to_save": targets_of(found, base.modules) if found else None}
+
+
+def _head_of(module: str, modules: set[str], base: Base) -> str | None:
+    """The head that a module is a part of, where all of its parts are among the modules: peft saves it as one."""
+    parts = module.split(".")
+    above = [".".join(parts[:k]) for k in range(1, len(parts) + 1) if parts[k - 1] in HEADS]
+    inside = lambda head: {m for m in base.modules if m == head or m.startswith(f"{head}.")}
+    return next((head for head in above if inside(head) <= modules), None)

@@ -24,6 +24,7 @@ from peftjax.interop import (
 from peftjax.interop.base import Base
 from peftjax.interop.config import CONFIG, about, read_options, read_page, write_page
 from peftjax.interop.formats import Format, Options, adapted_modules, full_parts, saved_page, tables, untouched
+from peftjax.interop.layout import is_conv1d
 from peftjax.interop.names import Names, spots
 from peftjax.interop.slots import Slot, fill, read_slots, slots
 from peftjax.interop.tensors import read_folder, write_tensors
@@ -193,6 +194,8 @@ def save(
         )
     saved = {key: value for key, value in saved.items() if key in format.options}
     page = {**format.page(of(format.parts), base), **saved, "task_type": task_type, "inference_mode": True}
+    if any(is_conv1d(spot) for spot in base.spots.values() if spot.module in adapted):
+        page["fan_in_fan_out"] = True
     tensors = read_slots(tuned, _slots(tuned, format, base, {}))
     leaves = dict(flatten(strip(tuned)))
     parts = full_parts(adapted, format.inside)

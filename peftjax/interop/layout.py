@@ -125,3 +125,8 @@ def whole(spot: Spot) -> tuple[Any, ...]:
         return ("o", "c", "x")
     turned = role.axes.index("o") < role.axes.index("i")
     return ("i", "o") if role.op == "embedding" or (turned and last != "weight") else ("o", "i")
+
+
+def is_conv1d(spot: Spot) -> bool:
+    """Whether this is the kernel of a `Conv1D`: a linear layer that torch holds as (in, out)."""
+    return spot.is_kernel and spot.role.op == "linear" and whole(spot) == ("i", "o")

@@ -6,7 +6,7 @@ from typing import Any, Iterator, Mapping, Sequence
 from peftjax.interop import config
 from peftjax.interop.base import Base, regex
 from peftjax.interop.formats import Format, Options, Tuned, copies, trained_whole
-from peftjax.interop.layout import inputs, outputs, whole, window
+from peftjax.interop.layout import inputs, is_conv1d, outputs, window
 from peftjax.interop.match import targets_of
 from peftjax.interop.names import Spot
 from peftjax.interop.slots import Part, constant
@@ -84,7 +84,7 @@ def width(spot: Spot) -> int:
         )
     if spot.role.op == "embedding" and len(set(spot.role.uses)) > 1:
         raise ValueError(f"{spot.module} is table and head in one; peft's OFT acts on the table alone")
-    if spot.role.op == "linear" and whole(spot) == ("i", "o"):
+    if is_conv1d(spot):
         raise ValueError(
             f"{spot.module} is a Conv1D, (in, out) in torch; peft has OFT for Linear, Conv2d and Embedding"
         )

@@ -11,11 +11,19 @@ import numpy as np
 import peft
 import torch
 import transformers
-from peft import LNTuningConfig, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, VeraConfig
+from peft import IA3Config, LNTuningConfig, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, VeraConfig
 
 GOLDEN = pathlib.Path(__file__).parent
-BASES = {"bert": transformers.BertForSequenceClassification, "llama": transformers.LlamaForCausalLM}
-BERT, LLAMA = dict(task_type="SEQ_CLS"), dict(task_type="CAUSAL_LM")
+BASES = {
+    "bert": transformers.BertForSequenceClassification,
+    "llama": transformers.LlamaForCausalLM,
+    "roberta": transformers.RobertaForSequenceClassification,
+    "gpt2": transformers.GPT2LMHeadModel,
+    "t5": transformers.T5ForConditionalGeneration,
+    "bart": transformers.BartForConditionalGeneration,
+}
+BERT, LLAMA, TWO = dict(task_type="SEQ_CLS"), dict(task_type="CAUSAL_LM"), dict(task_type="SEQ_2_SEQ_LM")
+FUSED = dict(r=2, lora_alpha=6, target_modules=["c_attn", "mlp.c_proj"], fan_in_fan_out=True, **LLAMA)
 CASES = {
     "bert/vera": VeraConfig(r=5, target_modules=["query", "intermediate.dense"], bias="vera_only", **BERT),
     "bert/loha": LoHaConfig(
@@ -60,6 +68,20 @@ CASES = {
     ),
     "bert/ln": LNTuningConfig(target_modules=["LayerNorm"], **BERT),
     "llama/ln": LNTuningConfig(target_modules=["input_layernorm", "norm"], **LLAMA),
+    "roberta/lora": LoraConfig(r=2, lora_alpha=6, target_modules=["query", "value"], **BERT),
+    "roberta/dora": LoraConfig(r=2, lora_alpha=6, target_modules=["query", "output.dense"], use_dora=True, **BERT),
+    "roberta/ia3": IA3Config(
+        target_modules=["key", "value", "output.dense"], feedforward_modules=["output.dense"], **BERT
+    ),
+    "gpt2/lora": LoraConfig(**FUSED),
+    "gpt2/dora": LoraConfig(use_dora=True, **FUSED),
+    "gpt2/ia3": IA3Config(
+        target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"], fan_in_fan_out=True, **LLAMA
+    ),
+    # The table is the head as well; peft updates where it is looked up, and not the head.
+    "gpt2/lora_tied": LoraConfig(r=2, lora_alpha=6, target_modules=["wte", "c_fc"], fan_in_fan_out=True, **LLAMA),
+    "t5/lora": LoraConfig(r=2, lora_alpha=6, target_modules=["q", "v"], **TWO),
+    "bart/lora": LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "v_proj"], **TWO),
 }
 
 
@@ -77,10 +99,11 @@ def make(case: str) -> None:
     model.save_pretrained(folder)
     (folder / "README.md").unlink()
     given = np.load(GOLDEN / name / "base" / "ref.npz")
+    ids = {k: torch.tensor(given[k]) for k in ("input_ids", "decoder_input_ids") if k in given}
     logits = {}
     for mask in ("full", "rightpad", "leftpad"):
         with torch.no_grad():
-            out = model(torch.tensor(given["input_ids"]), attention_mask=torch.tensor(given[f"mask_{mask}"]))
+            out = model(**ids, attention_mask=torch.tensor(given[f"mask_{mask}"]))
         logits[f"logits_{mask}"] = out.logits.numpy()
     np.savez(folder / "ref.npz", **logits)
 
