@@ -1,0 +1,187 @@
+"""A decoder of the Llama family (Touvron et al. 2023, arXiv 2302.13971) in Flax Linen, its layers stacked by `nn.scan`.
+
+Leaves are called as in Hugging Face's checkpoints, with the layers of one stack in one leaf:
+`model/layers/self_attn/q_proj/kernel` is (layers, D, H * K). Shapes: B examples, T tokens, D features, H heads of K
+features, G heads of keys and values.
+"""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any, Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+# Where a leaf lies on a mesh: heads and the width of feed-forward over "model", the other side over "fsdp".
+RULES = (
+    (r".*/(q_proj|k_proj|v_proj|gate_proj|up_proj)/kernel", PartitionSpec(None, "fsdp", "model")),
+    (r".*/(o_proj|down_proj)/kernel", PartitionSpec(None, "model", "fsdp")),
+    (r"model/embed_tokens/embedding", PartitionSpec("model", "fsdp")),
+    (r"lm_head/kernel", PartitionSpec("fsdp", "model")),
+)
+# What another key would change, and this model does not do.
+PLAIN = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What a checkpoint's `config.json` says of the model, in its words."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: Any = None
+    tie_word_embeddings: bool = False
+    remat: bool = True
+    dtype: Any = jnp.bfloat16
+
+
+def read_config(path: str | Path, **changes: Any) -> Config:
+    """The model that a `config.json` of Hugging Face describes.
+
+    Args:
+      path: the file, or the folder that holds it.
+      **changes: fields of `Config` that are not the file's to say.
+
+    Raises:
+      ValueError: it is damaged, lacks a number, or describes what this model does not do.
+    """
+    path = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
+    try:
+        page = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: expected a config.json of the Llama family ({error})") from error
+    for key, value in PLAIN.items():
+        if page.get(key, value) != value:
+            raise ValueError(f"{path}: {key} is {page[key]!r}, expected {value!r}: this decoder has no other")
+    heads = page.get("num_attention_heads", 0)
+    filled = {"num_key_value_heads": heads, **page}
+    filled.setdefault("head_dim", filled.get("hidden_size", 0) // max(1, heads))
+    if filled["head_dim"] is None:
+        filled["head_dim"] = filled["hidden_size"] // heads
+    known = {f.name: f.default is dataclasses.MISSING for f in dataclasses.fields(Config)}
+    if lacking := [name for name, needed in known.items() if needed and not filled.get(name)]:
+        raise ValueError(f"{path} says nothing of {', '.join(lacking)}; expected a config.json of the Llama family")
+    scaling = filled.get("rope_scaling")
+    if scaling is not None:
+        if scaling.get("rope_type", scaling.get("type")) != "llama3":
+            raise ValueError(f"{path}: rope_scaling is {scaling}, expected that of llama3, or none")
+        filled["rope_scaling"] = tuple(sorted((k, v) for k, v in scaling.items() if isinstance(v, (int, float))))
+    given = {name: filled[name] for name in known if name in filled and name not in ("remat", "dtype")}
+    return Config(**{**given, **changes})
+
+
+def frequencies(c: Config) -> jax.Array:
+    """The angle by which each pair of features turns from one position to the next, (K / 2,)."""
+    found = c.rope_theta ** (-jnp.arange(0, c.head_dim, 2, dtype=jnp.float32) / c.head_dim)
+    if c.rope_scaling is None:
+        return found
+    s = dict(c.rope_scaling)
+    old, low, high = s["original_max_position_embeddings"], s["low_freq_factor"], s["high_freq_factor"]
+    turns = old * found / (2 * math.pi)
+    smooth = jnp.clip((turns - low) / (high - low), 0, 1)
+    return found * (smooth + (1 - smooth) / s["factor"])
+
+
+def rotated(x: jax.Array, angles: jax.Array) -> jax.Array:
+    """x (B, T, H, K) with each pair of features, half a head apart, turned by its angle (T, K / 2)."""
+    cos, sin = (f(angles)[None, :, None].astype(x.dtype) for f in (jnp.cos, jnp.sin))
+    first, second = jnp.split(x, 2, -1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+class RMSNorm(nn.Module):
+    """`x / sqrt(mean x^2 + eps) * weight`, in float32."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:  # (B, T, D)
+        weight = self.param("weight", nn.initializers.ones, x.shape[-1:], self.config.dtype)
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt((wide**2).mean(-1, keepdims=True) + self.config.rms_norm_eps)
+        return weight[None, None] * wide.astype(x.dtype)
+
+
+def _dense(c: Config, features: int, name: str) -> Callable[[jax.Array], jax.Array]:
+    return nn.Dense(features, use_bias=False, dtype=c.dtype, param_dtype=c.dtype, name=name)
+
+
+class Attention(nn.Module):
+    """Causal attention, rotary, with fewer heads of keys and values."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:  # (B, T, D)
+        c, (b, t, d) = self.config, x.shape
+        heads = lambda name, n: _dense(c, n * c.head_dim, name)(x).reshape(b, t, n, c.head_dim)
+        angles = jnp.arange(t, dtype=jnp.float32)[:, None] * frequencies(c)[None]
+        q = rotated(heads("q_proj", c.num_attention_heads), angles)
+        k = rotated(heads("k_proj", c.num_key_value_heads), angles)
+        y = jax.nn.dot_product_attention(q, k, heads("v_proj", c.num_key_value_heads), is_causal=True)
+        return _dense(c, d, "o_proj")(y.reshape(b, t, -1))
+
+
+class FeedForward(nn.Module):
+    """`down(silu(gate x) * up x)`."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:  # (B, T, D)
+        c = self.config
+        gate, up = (_dense(c, c.intermediate_size, name)(x) for name in ("gate_proj", "up_proj"))
+        return _dense(c, c.hidden_size, "down_proj")(nn.silu(gate) * up)
+
+
+class Layer(nn.Module):
+    """Attention, then feed-forward, each added to the stream."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:  # (B, T, D)
+        c = self.config
+        x = x + Attention(c, name="self_attn")(RMSNorm(c, name="input_layernorm")(x))
+        return x + FeedForward(c, name="mlp")(RMSNorm(c, name="post_attention_layernorm")(x)), None
+
+
+class Model(nn.Module):
+    """The decoder without its head."""
+
+    config: Config
+
+    def setup(self) -> None:
+        c = self.config
+        self.embed_tokens = nn.Embed(c.vocab_size, c.hidden_size, dtype=c.dtype, param_dtype=c.dtype)
+        layer = nn.remat(Layer, prevent_cse=False) if c.remat else Layer
+        stack = nn.scan(layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.num_hidden_layers)
+        self.layers, self.norm = stack(c), RMSNorm(c)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:  # (B, T) -> (B, T, D)
+        return self.norm(self.layers(self.embed_tokens(ids), None)[0])
+
+
+class Decoder(nn.Module):
+    """Logits (B, T, vocabulary) of the token after each."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, ids: jax.Array) -> jax.Array:  # (B, T)
+        model = Model(self.config, name="model")
+        x = model(ids)
+        if self.config.tie_word_embeddings:
+            return model.embed_tokens.attend(x)
+        return _dense(self.config, self.config.vocab_size, "lm_head")(x)

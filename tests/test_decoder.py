@@ -1,0 +1,99 @@
+"""The scanned decoder: the logits of transformers' own Llama, from its weights, and what its configuration may say."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import peftjax as pj
+from experiments.models.decoder import Config, Decoder, frequencies, read_config
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+PAGE = {
+    "vocab_size": 31,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1000.0,
+}
+
+
+def written(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**PAGE, **changes}))
+    return path
+
+
+def stacked(params):
+    """A tree of transformers' Llama with its layers in one stack."""
+    layers = params["model"]["layers"]
+    one = jax.tree.map(lambda *xs: jnp.stack(xs), *(layers[k] for k in sorted(layers, key=int)))
+    return {**params, "model": {**params["model"], "layers": one}}
+
+
+@pytest.mark.third_party
+def test_gives_what_transformers_gives(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.FlaxLlamaForCausalLM(transformers.LlamaConfig(**PAGE, max_position_embeddings=64))
+    config = read_config(written(tmp_path), dtype=jnp.float32)
+    ids = np.random.default_rng(0).integers(0, 31, (2, 9))
+    got = Decoder(config).apply({"params": stacked(theirs.params)}, ids)
+    np.testing.assert_allclose(got, theirs(ids).logits, atol=2e-5)
+
+
+def test_frequencies_of_llama_3(tmp_path):
+    """Slow pairs turn 8 times slower, fast ones as before, and those between lie between."""
+    c = read_config(written(tmp_path, rope_scaling=LLAMA3, head_dim=32))
+    plain, found = (np.asarray(frequencies(x)) for x in (read_config(written(tmp_path, head_dim=32)), c))
+    waves = 2 * np.pi / plain
+    np.testing.assert_allclose(found[waves < 32 / 4], plain[waves < 32 / 4], rtol=1e-6)
+    np.testing.assert_allclose(found[waves > 32], plain[waves > 32] / 8, rtol=1e-6)
+    between = (waves > 8) & (waves < 32)
+    smooth = (32 / waves[between] - 1) / 3
+    np.testing.assert_allclose(found[between], plain[between] * (smooth + (1 - smooth) / 8), rtol=1e-5)
+    assert between.any() and (waves > 32).any()
+
+
+@pytest.mark.third_party
+def test_tied_embeddings_and_methods_without_a_merge(tmp_path):
+    model = Decoder(read_config(written(tmp_path, tie_word_embeddings=True)))
+    ids = jnp.zeros((1, 5), jnp.int32)
+    params = model.init(jax.random.key(0), ids)["params"]
+    assert "lm_head" not in params and params["model"]["layers"]["mlp"]["up_proj"]["kernel"].shape == (2, 16, 24)
+    fn = lambda params, ids: model.apply({"params": params}, ids)
+    for method in (pj.lora(rank=2), pj.dora(rank=2), pj.adapter("pfeiffer", bottleneck=4)):
+        _, tuned = pj.attach(method, fn, params, ids, key=jax.random.key(1))
+        assert not pj.explain(fn, tuned, ids).merged, method
+
+
+@pytest.mark.parametrize(
+    "changes,words",
+    [
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', expected 'silu'"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "expected that of llama3"),
+        ({"vocab_size": None}, "says nothing of vocab_size"),
+    ],
+)
+def test_what_it_does_not_do_is_named(tmp_path, changes, words):
+    with pytest.raises(ValueError, match=words):
+        read_config(written(tmp_path, **changes))
+
+
+def test_a_page_that_is_none(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    for path in (tmp_path, tmp_path / "nowhere.json"):
+        with pytest.raises(ValueError, match="expected a config.json of the Llama family"):
+            read_config(path)
+    assert Config(**{**PAGE, "head_dim": 4}).remat
