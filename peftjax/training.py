@@ -86,20 +86,24 @@ def train_state(
         raise ValueError("nothing in this tree trains: it holds no overlay, or all of them are locked")
     if specs is not None and mesh is None:
         raise ValueError("specs say where arrays lie on a mesh; expected `mesh=` beside them")
-    trainable = jax.tree.map(lambda x: x if abstract(x) else jnp.array(x, copy=True), trainable)
+    if mesh is not None:
+        lies = partition(shardings(tuned, mesh, specs))
+        frozen = jax.tree.map(put, frozen, lies[1])
+    return state_of(trainable, frozen, tx, key, model_state, mesh, None if mesh is None else lies[0])
+
+
+def state_of(
+    trainable: Any, frozen: Any, tx: optax.GradientTransformation, key: Any, model_state: Any, mesh: Any, lies: Any
+) -> TrainState:
+    """The state before the first step, of a tree in two parts; `lies` are the shardings of the first on the mesh."""
     counts = {name: jnp.zeros((), jnp.int32) for name in ("step", "skipped", "failing")}
-    rest = {"model_state": model_state, "key": key, **counts}
-    rest = jax.tree.map(lambda x: x if abstract(x) else jnp.array(x, copy=True), rest)
-    if mesh is None:
-        return TrainState(trainable=trainable, frozen=frozen, opt_state=_start(tx, trainable, None), **rest)
-    lies = partition(shardings(tuned, mesh, specs))
-    trainable, frozen = jax.tree.map(put, trainable, lies[0]), jax.tree.map(put, frozen, lies[1])
-    return TrainState(
-        trainable=trainable,
-        frozen=frozen,
-        opt_state=_start(tx, trainable, mesh),
-        **{name: jax.tree.map(lambda x: x if on(mesh, x) else put(x, _whole(mesh)), v) for name, v in rest.items()},
-    )
+    own = {"trainable": trainable, "model_state": model_state, "key": key, **counts}
+    copied = lambda: jax.tree.map(lambda x: x if abstract(x) else jnp.array(x, copy=True), own)
+    own = jax.eval_shape(copied) if any(map(abstract, jax.tree.leaves(trainable))) else copied()
+    if mesh is not None:
+        own["trainable"] = jax.tree.map(put, own["trainable"], lies)
+        own = jax.tree.map(lambda x: x if on(mesh, x) else put(x, _whole(mesh)), own)
+    return TrainState(frozen=frozen, opt_state=_start(tx, own["trainable"], mesh), **own)
 
 
 def _start(tx: optax.GradientTransformation, trainable: Any, mesh: Mesh | None) -> Any:
@@ -179,14 +183,14 @@ class TrainStep:
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         """The next state, and the metrics of this batch."""
-        moving, frozen, batch = self._arguments(state, batch)
+        moving, frozen, batch = self.arguments(state, batch)
         moving, changed, metrics = self._compiled(moving, frozen, batch)(moving, frozen, batch)
         kept = jax.tree.map(lambda new, old: old if new is None else new, changed, frozen, is_leaf=lambda x: x is None)
         return dataclasses.replace(moving, frozen=kept), metrics
 
     def lower(self, state: TrainState, batch: Any) -> Any:
         """The step lowered for these types, `jax.stages.Lowered`: its `compile()` tells what it costs and holds."""
-        arguments = self._arguments(state, batch)
+        arguments = self.arguments(state, batch)
         return self._compiled(*arguments).lower(*arguments)
 
     def place(self, batch: Any) -> Any:
@@ -200,7 +204,8 @@ class TrainStep:
             return put(x, lies)
         return x if on(mesh, x) else jax.make_array_from_process_local_data(lies, np.asarray(x))
 
-    def _arguments(self, state: TrainState, batch: Any) -> tuple[Any, Any, Any]:
+    def arguments(self, state: TrainState, batch: Any) -> tuple[Any, Any, Any]:
+        """What `advance` is given: what moves, what is frozen, and the batch on the mesh."""
         self._check(batch)
         return dataclasses.replace(state, frozen=None), state.frozen, self.place(batch)
 
@@ -218,7 +223,7 @@ class TrainStep:
 
     def _compiled(self, moving: Any, frozen: Any, batch: Any) -> Any:
         if self.mesh is None:
-            return self._jitted.setdefault(None, jax.jit(self._advance, donate_argnums=0))
+            return self._jitted.setdefault(None, jax.jit(self.advance, donate_argnums=0))
         if strays := [x for x in jax.tree.leaves((moving, frozen)) if not on(self.mesh, x)]:
             raise ValueError(
                 f"{len(strays)} arrays of the state do not lie on the mesh of this step ({self.mesh}); expected a state "
@@ -228,8 +233,9 @@ class TrainStep:
         key = (jax.tree.structure(lies), tuple(jax.tree.leaves(lies)))
         if key not in self._jitted:
             out = (lies[0], None, _whole(self.mesh))
-            self._jitted[key] = jax.jit(self._advance, in_shardings=lies, out_shardings=out, donate_argnums=0)
+            self._jitted[key] = jax.jit(self.advance, in_shardings=lies, out_shardings=out, donate_argnums=0)
         return self._jitted[key]
 
-    def _advance(self, moving: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, Any, dict[str, Any]]:
+    def advance(self, moving: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, Any, dict[str, Any]]:
+        """The step as a pure function, not compiled: see `peftjax.advance`."""
         return advance(self.apply, self.loss, self.tx, self.method, self.accumulate, moving, frozen, batch)

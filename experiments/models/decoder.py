@@ -14,7 +14,11 @@ from typing import Any, Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from peftjax.plan import Planned
+from peftjax.sharding_rules import by_rules, within
 
 # Where a leaf lies on a mesh: heads and the width of feed-forward over "model", the other side over "fsdp".
 RULES = (
@@ -44,6 +48,7 @@ class Config:
     tie_word_embeddings: bool = False
     remat: bool = True
     dtype: Any = jnp.bfloat16
+    stream: Any = None  # where the stream (B, T, D) lies, a NamedSharding; None leaves it to the compiler
 
 
 def read_config(path: str | Path, **changes: Any) -> Config:
@@ -77,7 +82,7 @@ def read_config(path: str | Path, **changes: Any) -> Config:
         if scaling.get("rope_type", scaling.get("type")) != "llama3":
             raise ValueError(f"{path}: rope_scaling is {scaling}, expected that of llama3, or none")
         filled["rope_scaling"] = tuple(sorted((k, v) for k, v in scaling.items() if isinstance(v, (int, float))))
-    given = {name: filled[name] for name in known if name in filled and name not in ("remat", "dtype")}
+    given = {name: filled[name] for name in known if name in filled and name not in ("remat", "dtype", "stream")}
     return Config(**{**given, **changes})
 
 
@@ -153,6 +158,7 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:  # (B, T, D)
         c = self.config
+        x = x if c.stream is None else jax.lax.with_sharding_constraint(x, c.stream)
         x = x + Attention(c, name="self_attn")(RMSNorm(c, name="input_layernorm")(x))
         return x + FeedForward(c, name="mlp")(RMSNorm(c, name="post_attention_layernorm")(x)), None
 
@@ -185,3 +191,26 @@ class Decoder(nn.Module):
         if self.config.tie_word_embeddings:
             return model.embed_tokens.attend(x)
         return _dense(self.config, self.config.vocab_size, "lm_head")(x)
+
+
+def next_token_loss(logits: jax.Array, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The summed cross-entropy of every token but the first, and how many these are."""
+    wide = logits[:, :-1].astype(jnp.float32)
+    each = optax.softmax_cross_entropy_with_integer_labels(wide, batch["ids"][:, 1:])
+    return each.sum(), {"weight": jnp.float32(each.size)}
+
+
+def planned(path: str, mesh: Mesh, examples: int, length: int, remat: bool) -> Planned:
+    """The model of a `config.json`, without weights, for `python -m peftjax.plan`."""
+    axes = tuple(name for name in ("data", "fsdp") if name in mesh.axis_names)
+    config = read_config(path, remat=remat, stream=NamedSharding(mesh, PartitionSpec(axes)))
+    model, ids = Decoder(config), jax.ShapeDtypeStruct((examples, length), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+    rules = [(pattern, spec) for pattern, spec in RULES if "lm_head" in params or not pattern.startswith("lm_head")]
+    return Planned(
+        fn=lambda params, batch: model.apply({"params": params}, batch["ids"]),
+        params=params,
+        batch={"ids": ids},
+        specs=by_rules(within(rules, mesh), params, mesh),
+        loss=next_token_loss,
+    )

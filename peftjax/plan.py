@@ -1,0 +1,275 @@
+"""Will it fit, and what will it cost? Compiles the real train step for devices that need not be there.
+
+    python -m peftjax.plan --model=config.json --topology=v5e:2x4 --mesh=fsdp:2,model:4 --length=4096
+
+compiles one step of each method for a TPU slice, without weights and without a TPU (the extra `plan` brings the
+compiler), and prints what each chip holds and does.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import json
+import os
+import re
+import sys
+import time
+from typing import Any, Callable, Mapping, Sequence
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from peftjax.evaluate import wrap
+from peftjax.flops import flops
+from peftjax.hlo import Program, Traffic
+from peftjax.method import Method
+from peftjax.methods.adapter import adapter
+from peftjax.methods.dora import dora
+from peftjax.methods.lora import lora
+from peftjax.roles import Roles, roles
+from peftjax.sharding import shardings
+from peftjax.sharding_rules import make_mesh
+from peftjax.training import TrainState, TrainStep, make_train_step, state_of, train_state
+
+GIB = 2**30
+# Memory of a chip in GiB, by what JAX calls it.
+HBM = {"TPU v4": 32, "TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32}
+# What libtpu calls a slice of n chips.
+SLICES = {"v4": "v4-{0}", "v5e": "v5litepod-{1}", "v5p": "v5p-{0}", "v6e": "v6e-{1}"}
+METHODS: dict[str, Callable[[int], Method | None]] = {
+    "lora": lambda rank: lora(rank),
+    "dora": lambda rank: dora(rank),
+    "adapter": lambda rank: adapter("pfeiffer", bottleneck=4 * rank),
+    "full": lambda rank: None,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A model without weights, to be planned for.
+
+    Attributes:
+      fn: `fn(params, batch)`.
+      params: its abstract parameters.
+      batch: an abstract batch.
+      specs: where the parameters lie on the mesh, as `peftjax.train_state` reads it.
+      loss: as `peftjax.make_train_step` reads it.
+    """
+
+    fn: Callable[..., Any]
+    params: Any
+    batch: Any
+    specs: Any
+    loss: Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What one step costs each device.
+
+    Attributes:
+      name: of the method.
+      device, devices: their kind, and how many.
+      trainable: how many numbers train.
+      arguments, temporaries, outputs: bytes of the state and batch, of what a step holds besides, and of results that
+        do not take the place of arguments. None where it does not compile.
+      hbm: the memory of a device, in bytes; None where it is not known.
+      flops: of products, on one device.
+      cycles: the compiler's estimate, loops in full; `cycles_once` counts each loop's body once. 0 where it makes none.
+      collectives: the traffic by kind.
+      seconds: that tracing and compiling took.
+      error: why the compiler refused, in its words; None where it did not.
+    """
+
+    name: str
+    device: str
+    devices: int
+    trainable: int
+    arguments: int | None
+    temporaries: int | None
+    outputs: int | None
+    hbm: int | None
+    flops: float
+    cycles: int
+    cycles_once: int
+    collectives: Mapping[str, Traffic]
+    seconds: float
+    error: str | None = None
+
+    @property
+    def total(self) -> int | None:
+        """The bytes that a device needs; None where it does not compile."""
+        if self.arguments is None or self.temporaries is None or self.outputs is None:
+            return None
+        return self.arguments + self.temporaries + self.outputs
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether it fits; None where the memory of the device is not known."""
+        if self.total is None:
+            return False
+        return None if self.hbm is None else self.total <= self.hbm
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-able values."""
+        return {**dataclasses.asdict(self), "total": self.total, "fits": self.fits}
+
+
+def devices(topology: str) -> list[Any]:
+    """The devices of a TPU slice that need not be there, such as "v5e:2x4" or "v5p:4x4x4"; "local" are those that are.
+
+    Raises:
+      ValueError: a name of another form, or no compiler for it.
+    """
+    if topology == "local":
+        return jax.devices()
+    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", topology)
+    if found is None or found[1] not in SLICES:
+        raise ValueError(f"topology {topology!r}: expected local, or a slice such as v5e:2x4 ({', '.join(SLICES)})")
+    chips = 1
+    for n in found[2].split("x"):
+        chips *= int(n)
+    # Without these, the compiler asks a metadata server that is not there which machine it is on.
+    here = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
+    for name, value in {**here, "TPU_ACCELERATOR_TYPE": SLICES[found[1]].format(2 * chips, chips)}.items():
+        os.environ.setdefault(name, value)
+    try:
+        from jax.experimental import topologies
+
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    except Exception as error:
+        raise ValueError(
+            f'topology {topology!r}: no compiler for it here ({str(error).splitlines()[0]}); pip install "peftjax[plan]"'
+        ) from error
+
+
+def cost(step: TrainStep, state: TrainState, batch: Any, name: str = "") -> Cost:
+    """Compiles a step and reads what it costs; nothing runs, and abstract arrays serve.
+
+    Args:
+      step, state, batch: of `peftjax.make_train_step`, on a mesh.
+      name: of the method, for the table.
+
+    Returns:
+      The cost. A program that the compiler refuses, as one that does not fit, has its words in `error`.
+
+    Raises:
+      ValueError: the step has no mesh.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, peftjax as pj
+      >>> from peftjax.plan import cost
+      >>> from peftjax.sharding_rules import make_mesh
+      >>> mesh = make_mesh("data:1", jax.devices()[:1])
+      >>> params = {"w": jax.ShapeDtypeStruct((8, 4), jnp.float32)}
+      >>> tuned = jax.eval_shape(lambda p: pj.lora(rank=2).init(jax.random.key(0), p), params)
+      >>> apply, tx = pj.wrap(lambda params, batch: batch["x"] @ params["w"]), optax.sgd(0.1)
+      >>> step = pj.make_train_step(apply, lambda y, batch: ((y**2).mean(), {}), tx, mesh)
+      >>> batch = {"x": jax.ShapeDtypeStruct((16, 8), jnp.float32)}
+      >>> cost(step, pj.train_state(tuned, tx, mesh=mesh), batch).trainable
+      24
+    """
+    if step.mesh is None:
+        raise ValueError("a step without a mesh has no devices to plan for; give make_train_step a mesh")
+    begun, first = time.perf_counter(), step.mesh.devices.flat[0]
+    count = step.mesh.devices.size
+    known: dict[str, Any] = dict(
+        name=name,
+        device=first.device_kind,
+        devices=count,
+        trainable=sum(x.size for x in jax.tree.leaves(state.trainable)),
+        hbm=HBM[first.device_kind] * GIB if first.device_kind in HBM else None,
+        flops=flops(step.advance, *step.arguments(state, batch)) / count,
+    )
+    try:
+        compiled = step.lower(state, batch).compile()
+    except jax.errors.JaxRuntimeError as error:
+        refused: dict[str, Any] = dict(arguments=None, temporaries=None, outputs=None, cycles=0, cycles_once=0, collectives={})
+        return Cost(**known, **refused, seconds=time.perf_counter() - begun, error=str(error).split("\n\n")[0])
+    memory, program = compiled.memory_analysis(), Program(compiled.as_text())
+    return Cost(
+        **known,
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        outputs=max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes),
+        cycles=program.cycles,
+        cycles_once=program.cycles_once,
+        collectives=program.collectives,
+        seconds=time.perf_counter() - begun,
+    )
+
+
+def plan(model: Planned, mesh: Mesh, method: Method | None, name: str = "", found: Roles | None = None) -> Cost:
+    """What a step of a method costs on a model, with AdamW.
+
+    Args:
+      model: the model.
+      mesh: the devices.
+      method: the method; None is fine-tuning of every parameter in its own dtype, as without peftjax.
+      name: for the table.
+      found: the model's roles, where they are known already.
+    """
+    tx = optax.adamw(1e-4)
+    if method is None:
+        lies = shardings(model.params, mesh, model.specs)
+        state = state_of(model.params, jax.tree.map(lambda _: None, model.params), tx, None, None, mesh, lies)
+        return cost(make_train_step(model.fn, model.loss, tx, mesh), state, model.batch, name)
+    of = roles(model.fn, model.params, model.batch) if found is None else found
+    tuned = jax.eval_shape(lambda params: method.init(jax.random.key(0), params, of), model.params)
+    state = train_state(tuned, tx, mesh=mesh, specs=model.specs)
+    return cost(make_train_step(wrap(model.fn), model.loss, tx, mesh, method=method), state, model.batch, name)
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m peftjax.plan", description="Will it fit, and what will it cost?")
+    parser.add_argument("--model", required=True, help="a config.json of the Llama family, as Hugging Face writes it")
+    parser.add_argument("--topology", default="local", help="a TPU slice, as v5e:2x4 or v5p:4x4x4; or local")
+    parser.add_argument("--mesh", default="fsdp:-1", help="axes and sizes, as fsdp:2,model:4; -1 is what is left")
+    parser.add_argument("--methods", default="lora,dora,adapter,full", help=f"of {', '.join(METHODS)}")
+    parser.add_argument("--rank", type=int, default=16, help="of LoRA and DoRA; adapters are four times as wide")
+    parser.add_argument("--batch", type=int, help="examples over all devices; by default one for each")
+    parser.add_argument("--length", type=int, default=4096, help="tokens of an example")
+    parser.add_argument("--no-remat", action="store_true", help="keep every layer's activations")
+    parser.add_argument("--json", action="store_true", help="print JSON, a list of costs, instead of a table")
+    parser.add_argument("--builder", default="experiments.models.decoder:planned", help="module:function of the model")
+    return parser.parse_args(argv)
+
+
+def _builder(name: str) -> Callable[..., Planned]:
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"builder {name!r}: {error}. The default lies in a clone of the repository: run this in its folder, or give "
+            "a function of your own"
+        ) from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the plan that the command line asks for; returns the exit status."""
+    asked = _arguments(argv)
+    try:
+        wanted = asked.methods.split(",")
+        if unknown := [name for name in wanted if name not in METHODS]:
+            raise ValueError(f"method {unknown[0]!r}; expected some of {', '.join(METHODS)}")
+        mesh = make_mesh(asked.mesh, devices(asked.topology))
+        examples = asked.batch or mesh.devices.size
+        model = _builder(asked.builder)(asked.model, mesh, examples, asked.length, not asked.no_remat)
+        found = roles(model.fn, model.params, model.batch)
+        costs = [plan(model, mesh, METHODS[name](asked.rank), name, found) for name in wanted]
+    except ValueError as error:
+        print(f"plan: {error}", file=sys.stderr)
+        return 2
+    if asked.json:
+        print(json.dumps([c.to_dict() for c in costs], indent=1))
+    else:
+        from peftjax.plan_table import show
+
+        show(costs, f"{asked.model}, {examples} x {asked.length} tokens on {asked.topology}, mesh {asked.mesh}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
