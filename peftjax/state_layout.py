@@ -22,7 +22,7 @@ def put(x: Any, sharding: NamedSharding) -> Any:
     """x laid out as a sharding says: each process gives the parts that its devices hold."""
     if abstract(x):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    if sharding.is_fully_addressable or not x.is_fully_addressable:
+    if sharding.is_fully_addressable or not getattr(x, "is_fully_addressable", True):
         return jax.device_put(x, sharding)
     if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
         data = np.asarray(jax.random.key_data(x))

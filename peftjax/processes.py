@@ -1,0 +1,83 @@
+"""Joining the processes of one run: a roll call that says who is missing, then `jax.distributed`."""
+
+import json
+import socket
+import time
+from typing import Any, Iterator
+
+import jax
+
+
+def join(
+    coordinator: str | None = None, processes: int | None = None, index: int | None = None, *, timeout: float = 300
+) -> None:
+    """Joins this process to the others of a run; to be called before anything else of JAX is.
+
+    Args:
+      coordinator: "host:port" of process 0, reachable by all. None lets JAX find out by itself, as it can on Cloud TPU
+        and under SLURM; `processes` and `index` are then None, too.
+      processes: how many there are.
+      index: of this one, from 0.
+      timeout: seconds within which all have to be there.
+
+    Raises:
+      TimeoutError: not all came; says which did not.
+      ValueError: an index that is not there, or that two processes have.
+    """
+    if coordinator is None:
+        jax.distributed.initialize(initialization_timeout=int(timeout))
+        return
+    if processes is None or index is None or not 0 <= index < processes:
+        raise ValueError(f"process {index} of {processes}: expected a number of processes, and an index below it")
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(f"coordinator {coordinator!r}: expected host:port of process 0")
+    answer = _call((host, int(port)), processes, timeout) if index == 0 else _report((host, int(port)), index, timeout)
+    if answer["missing"]:
+        missing = ", ".join(map(str, answer["missing"]))
+        raise TimeoutError(f"of {processes} processes, {missing} did not join at {coordinator} within {timeout:.0f} s")
+    if answer["twice"] is not None:
+        raise ValueError(f"two processes joined at {coordinator} as number {answer['twice']}")
+    # All are there; JAX's own service takes over the port. What is late now is that service, not a process.
+    jax.distributed.initialize(coordinator, processes, index, initialization_timeout=int(max(60, timeout)))
+
+
+def _call(address: tuple[str, int], processes: int, timeout: float) -> dict[str, Any]:
+    """Process 0 waits for the others to report, and tells them who is missing."""
+    end, met, twice = time.monotonic() + timeout, dict[int, socket.socket](), None
+    with socket.create_server(("", address[1]), reuse_port=False) as server:
+        while len(met) < processes - 1 and twice is None and (left := end - time.monotonic()) > 0:
+            server.settimeout(left)
+            try:
+                line, _ = server.accept()
+                line.settimeout(5)
+                index = int(line.makefile().readline())
+            except (TimeoutError, ValueError, OSError):
+                continue
+            twice = index if index in met or not 0 < index < processes else twice
+            met[index] = line
+        absent = [k for k in range(1, processes) if k not in met] if twice is None else []
+        answer = {"missing": absent, "twice": twice}
+        for line in met.values():
+            with line:
+                line.sendall(json.dumps(answer).encode() + b"\n")
+    return answer
+
+
+def _report(address: tuple[str, int], index: int, timeout: float) -> dict[str, Any]:
+    """Another process reports to process 0, and hears who is missing."""
+    for line in _tries(address, time.monotonic() + timeout):
+        with line:
+            line.settimeout(timeout + 30)
+            line.sendall(f"{index}\n".encode())
+            if answer := line.makefile().readline():
+                return json.loads(answer)
+    return {"missing": [0], "twice": None}
+
+
+def _tries(address: tuple[str, int], end: float) -> Iterator[socket.socket]:
+    while time.monotonic() < end:
+        try:
+            yield socket.create_connection(address, timeout=5)
+        except OSError:
+            time.sleep(0.2)

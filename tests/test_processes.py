@@ -1,0 +1,148 @@
+"""Real processes over gloo: the losses of one device, one file of checkpoints, and a roll call that says who is missing."""
+
+import conftest  # noqa: F401  (for the processes started here: the same platform, and what is compiled is shared)
+
+import multiprocessing
+import os
+import re
+import socket
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import peftjax as pj
+from experiments.batches import batches
+from experiments.train import arrays
+from peftjax.processes import join
+from peftjax.runs import Runs
+from peftjax.sharding_rules import by_rules, make_mesh
+
+pytestmark = pytest.mark.third_party  # optax's own promotions
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["test_processes"])
+METHOD = pj.lora(rank=2, targets=("up", "down"))
+RULES = [("up", P(None, "model")), ("down", P("model", None))]
+IDS = [[1 + (7 * k + j) % 10 for j in range(1 + k % 4)] for k in range(40)]
+TX = optax.adamw(1e-2)
+
+
+def token_loss(logits, batch):
+    each = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]) * batch["weight"]
+    return each.sum(), {"weight": batch["weight"].sum()}
+
+
+def begin(mesh=None):
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32) / 4
+    params = {"embed": normal(11, 8), "up": normal(8, 16), "down": normal(16, 3)}
+    pooled = lambda params, b: (params["embed"][b["ids"]] * b["mask"][..., None].astype(jnp.float32)).sum(1)
+    fn = lambda params, b: jnp.tanh(pooled(params, b) @ params["up"]) @ params["down"]
+    example = arrays(batches(IDS, np.zeros(40, int), 8, (2, 4))[0])
+    apply, tuned = pj.attach(METHOD, fn, params, example, key=jax.random.key(0))
+    specs = mesh and by_rules(RULES, params, mesh)
+    return pj.make_train_step(apply, token_loss, TX, mesh), pj.train_state(tuned, TX, mesh=mesh, specs=specs)
+
+
+def losses(step, state, share=(0, 1), first=0, last=6):
+    found = []
+    data = batches(IDS, np.arange(40) % 3, 8, (2, 4), (0,), share)
+    for k in range(first, last):
+        state, metrics = step(state, arrays(data[k % len(data)]))
+        found.append(float(metrics["loss"]))
+    return found, state
+
+
+def child(index, port, folder, out):
+    """One of two processes of two devices: three steps, a checkpoint, and three more from what it restores."""
+    os.environ["XLA_FLAGS"] = re.sub(r"device_count=\d+", "device_count=2", os.environ["XLA_FLAGS"])
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    jax.config.update("jax_numpy_rank_promotion", "allow")
+    join(f"127.0.0.1:{port}", 2, index, timeout=120)
+    assert (jax.process_count(), jax.device_count()) == (2, 4)
+    mesh = make_mesh("data:2,model:2")
+    step, state = begin(mesh)
+    found, state = losses(step, state, (index, 2), 0, 3)
+    with Runs(folder, METHOD) as runs:
+        runs.save(state, data={"batch": 3}, metrics={"loss": found[-1]})
+        runs.wait()
+        state, data = runs.restore(begin(mesh)[1])
+    more, _ = losses(step, state, (index, 2), data["batch"], 6)
+    out.put((index, found + more))
+    jax.distributed.shutdown()
+
+
+def absent(index, port, out):
+    try:
+        join(f"127.0.0.1:{port}", 3, index, timeout=3)
+    except (TimeoutError, ValueError) as error:
+        out.put((index, str(error)))
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def run(target, each):
+    out = PROCESSES.Queue()
+    processes = [PROCESSES.Process(target=target, args=(*arguments, out)) for arguments in each]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(200)
+    assert [process.exitcode for process in processes] == [0] * len(processes)
+    return dict(out.get(timeout=10) for _ in processes)
+
+
+def test_two_processes_give_what_one_device_gives(tmp_path):
+    port = free_port()
+    found = run(child, [(k, port, tmp_path / "runs") for k in range(2)])
+    want, state = losses(*begin())
+    assert found[0] == found[1]
+    np.testing.assert_allclose(found[0], want, rtol=1e-5)
+    with Runs(tmp_path / "runs", METHOD) as runs:
+        again, data = runs.restore(begin()[1])
+    assert data == {"batch": 3} and int(again.step) == 3
+    np.testing.assert_allclose(losses(begin()[0], again, first=3)[0], want[3:], rtol=1e-5)
+
+
+def test_a_process_that_never_joins_is_named():
+    port = free_port()
+    found = run(absent, [(0, port), (2, port)])
+    assert found[0] == found[2] == f"of 3 processes, 1 did not join at 127.0.0.1:{port} within 3 s"
+    found = run(absent, [(1, free_port())])
+    assert "of 3 processes, 0 did not join" in found[1]
+
+
+def test_two_processes_of_one_number_are_refused():
+    port = free_port()
+    out = PROCESSES.Queue()
+    same = [PROCESSES.Process(target=absent, args=(k, port, out)) for k in (0, 1, 1)]
+    for process in same:
+        process.start()
+    found = [out.get(timeout=60)[1] for _ in range(3)]
+    for process in same:
+        process.join(60)
+    assert sum("two processes joined" in message and "as number 1" in message for message in found) >= 2, found
+
+
+@pytest.mark.parametrize("arguments", [("127.0.0.1:80", 2, 2), ("127.0.0.1:80", None, 0), ("nowhere", 2, 0)])
+def test_what_cannot_be_joined(arguments):
+    with pytest.raises(ValueError, match="expected"):
+        join(*arguments)
+
+
+def test_shares_of_a_batch_are_its_parts():
+    whole = batches(IDS, np.arange(40), 8, (2, 4), (3,))
+    parts = [batches(IDS, np.arange(40), 8, (2, 4), (3,), (k, 2)) for k in range(2)]
+    for k in range(len(whole)):
+        for name, x in whole[k].items():
+            np.testing.assert_array_equal(np.concatenate([part[k][name] for part in parts]), x)
+    with pytest.raises(ValueError, match="a batch of 8 examples: expected a multiple of 3"):
+        batches(IDS, np.arange(40), 8, (2, 4), (3,), (0, 3))
