@@ -50,6 +50,7 @@ setup(
         "test": TEST,
         "interop": ["torch", "peft>=0.21"],  # to have HF peft itself read what is written
         "tf": ["tensorflow-cpu"],
+        "plan": ["jax[tpu]", "flax>=0.11", "rich"],  # the compiler for TPUs, which needs none
         "cuda": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
     },

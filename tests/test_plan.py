@@ -1,0 +1,116 @@
+"""The plan: what a step costs each device, by the real compiler, for devices that are here and for some that are not."""
+
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from rich.console import Console
+
+from experiments.models.decoder import planned
+from peftjax import plan
+from peftjax.plan_table import show
+from peftjax.sharding_rules import make_mesh
+
+pytestmark = pytest.mark.third_party  # optax's own promotions
+ROOT = Path(__file__).parents[1]
+TINY = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    path = tmp_path_factory.mktemp("plan") / "config.json"
+    path.write_text(json.dumps(TINY))
+    return path
+
+
+@pytest.fixture(scope="module")
+def costs(config):
+    """LoRA and full fine-tuning on the eight devices that are here."""
+    mesh = make_mesh("fsdp:4,model:2")
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        model = planned(config, mesh, 8, 16, True)
+        return [plan.plan(model, mesh, plan.METHODS[name](1), name) for name in ("lora", "full")]
+
+
+def test_what_is_held_is_the_trees_own_bytes(costs):
+    """Bytes of arguments: the base, and for full fine-tuning two moments of every parameter, split over the devices."""
+    lora, full = costs
+    base = 2 * full.trainable  # bfloat16
+    assert lora.trainable < full.trainable / 5 and (lora.devices, lora.device) == (8, "cpu")
+    assert base / 8 < lora.arguments < base and base * 3 / 8 < full.arguments < 3 * base
+    assert full.temporaries > 0 and lora.fits is None and lora.error is None
+
+
+def test_work_is_counted_through_the_stack(costs):
+    """A weight takes part in four products of full fine-tuning with remat (the last one of a layer, in three), and in
+    three of LoRA, whose own are small."""
+    lora, full = costs
+    assert 0.65 < lora.flops / full.flops < 0.9
+    layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64
+    tokens, head, attention = 8 * 16, 32 * 64, 2 * 32 * 16
+    forward = 2 * tokens * (layer + attention)
+    last = 2 * tokens * 32 * 64
+    assert full.flops * 8 == pytest.approx(3 * (4 * forward - last) + 3 * 2 * tokens * head, rel=0.01)
+
+
+def test_less_that_trains_is_less_to_exchange(costs):
+    moved = [sum(t.bytes for t in c.collectives.values()) for c in costs]
+    assert 0 < moved[0] < moved[1]
+
+
+def test_the_table(costs):
+    console = Console(file=io.StringIO(), width=160)
+    show(costs, "tiny", console)
+    printed = console.file.getvalue()
+    for part in ("tiny", "lora", "full", "8 x cpu", "GiB", "TFLOPs", "Mcycles"):
+        assert part in printed
+
+
+def test_the_command_prints_json(config, capsys):
+    arguments = ["--model", str(config), "--mesh=fsdp:8", "--length=16", "--methods=lora", "--rank=2", "--json"]
+    assert plan.main(arguments) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["name"] == "lora" and found["devices"] == 8 and found["total"] >= found["arguments"]
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        (["--methods=lora,dorra"], "method 'dorra'; expected some of lora, dora, adapter, full"),
+        (["--mesh=fsdp:3"], "the sizes multiply to 3, expected 8"),
+        (["--topology=v5e"], "topology 'v5e': expected local, or a slice such as v5e:2x4"),
+        (["--builder=nowhere:planned"], "run this in its folder, or give a function of your own"),
+        (["--model=nowhere.json"], "expected a config.json of the Llama family"),
+    ],
+)
+def test_what_is_wrong_is_named(config, arguments, words, capsys):
+    assert plan.main(["--model", str(config), *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler for TPUs, is not installed"
+)
+def test_a_slice_that_is_not_there(config):
+    command = [sys.executable, "-m", "peftjax.plan", "--model", str(config), "--topology=v5e:2x4", "--length=128"]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    done = subprocess.run(
+        [*command, "--methods=lora", "--json"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(done.stdout)
+    assert (found["device"], found["devices"], found["fits"]) == ("TPU v5 lite", 8, True)
+    assert found["cycles"] > found["cycles_once"] > 0
