@@ -1,5 +1,6 @@
 """An adapter in a folder: what the overlays hold, the method that made them, and a fingerprint of their base."""
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -99,10 +100,10 @@ def load(folder: str | os.PathLike[str], params: Any, roles: Roles | None = None
     compare(page["base"], fingerprint(params), str(folder))
     if roles is None and page["roles"] is not None:
         roles = Roles.from_dict(page["roles"])
-    shapes = jax.eval_shape(lambda p: found.init(jax.random.key(0), p, roles), params)
-    tuned = _locked(_on(shapes, params), page["locked"])
     try:
-        filled = replaced(tuned, {e.key for e in entries(tuned) if _is_held(e)}, _arrays(folder, page["arrays"]))
+        arrays = _arrays(folder, page["arrays"])
+        tuned = _on(_begun(found, params, roles, page["locked"], set(arrays)), params)
+        filled = replaced(tuned, _held(tuned), arrays)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
     return map_layers(lambda _, x: placed(x), filled)
@@ -112,16 +113,44 @@ def _is_held(e: Entry) -> bool:
     return not e.is_base and not e.is_key
 
 
+def _held(tuned: Any) -> set[str]:
+    return {e.key for e in entries(tuned) if _is_held(e)}
+
+
+def _begun(method: Method, params: Any, roles: Roles | None, locks: Mapping[str, Any], keys: set[str]) -> Any:
+    """The shapes of the tree as `init` makes it, locked.
+
+    Where that holds other arrays than were saved, the methods of a chain were laid one on what was locked by then: a
+    later one may have taken leaves that it would have left to one that still trains.
+    """
+
+    def chained(params: Any, method: Method) -> Any:
+        if method.name == "chain":
+            return functools.reduce(chained, method.options["methods"], params)
+        return _locked(method.init(jax.random.key(0), params, roles), locks)
+
+    whole = jax.eval_shape(lambda p: _locked(method.init(jax.random.key(0), p, roles), locks), params)
+    if method.name != "chain" or not locks or _held(whole) == keys:
+        return whole
+    apart = jax.eval_shape(lambda p: chained(p, method), params)
+    return apart if _held(apart) == keys else whole
+
+
 def _locks(tuned: Any) -> dict[str, list[list[str]]]:
     found = {path: [list(x.locked) for x in layers(leaf)] for path, leaf in flatten(tuned)}
     return {path: locks for path, locks in found.items() if any(locks)}
 
 
 def _locked(tuned: Any, locks: Mapping[str, list[list[str]]]) -> Any:
-    def locked(x: Any, fields: list[list[str]]) -> Any:
-        return x.replace(base=locked(x.base, fields[1:]), locked=tuple(fields[0])) if fields else x
+    """The overlays locked as `_locks` says, or not at all; those on a leaf are told apart by how many are below them."""
 
-    return map_leaves(lambda path, x: locked(x, locks.get(path, [[]] * sum(1 for _ in layers(x)))), tuned)
+    def locked(path: str, x: Any) -> Any:
+        if not isinstance(x, Overlay):
+            return x
+        below, said = sum(1 for _ in layers(x.base)), locks.get(path, [])
+        return x.replace(base=locked(path, x.base), locked=tuple(said[-1 - below]) if below < len(said) else ())
+
+    return map_leaves(locked, tuned)
 
 
 def _on(shapes: Any, params: Any) -> Any:

@@ -264,30 +264,38 @@ def test_a_chain_is_all_its_parts(chain, model, tmp_path):
     assert len(traces) == before
 
 
-@pytest.mark.parametrize(
-    "chain", ["pfeiffer_lora", "lora_houlsby", "mix_and_match", "ia3_lora", "lora_dora", "prompt_lora"]
-)
-def test_what_is_trained_is_locked_under_what_is_new(chain):
+LOCKED = ("pfeiffer_lora", "lora_houlsby", "mix_and_match", "ia3_lora", "lora_dora", "prompt_lora")
+
+
+@pytest.mark.parametrize("chain", LOCKED)
+def test_what_is_trained_is_locked_under_what_is_new(chain, tmp_path):
     """The second method starts where the first one ended, and trains alone; a folder keeps which is which."""
     model = MODELS[list(CHAINS).index(chain) % 5]
     ((first, second), adapter), (fn, params, roles) = CHAINS[chain], built(model)
     old = away(first.init(jax.random.key(0), params, roles))
     apply = jax.jit(wrapped(fn, []))
-    before = apply(old, IDS, MASK)
     fresh = second.init(jax.random.key(1), pj.lock(old), roles)
-    close(apply(fresh, IDS, MASK), before)
-    assert same(pj.partition(pj.lock(old))[1], old) and not pj.extract(pj.lock(old))
-    tuned = away(fresh, 1)
-    new = pj.extract(tuned)
-    whole = pj.extract(
-        unlocked := jax.tree.map(lambda x: x, pj.chain(first, second).init(jax.random.key(0), params, roles))
-    )
-    assert new and set(new) < set(whole) and jax.tree.structure(pj.lock(unlocked)) == jax.tree.structure(pj.lock(tuned))
-    held = {k: v for (k, _), v in zip(whole.items(), pj.extract(unlocked_like(tuned, unlocked)).values(), strict=True)}
+    close(apply(fresh, IDS, MASK), apply(old, IDS, MASK))
+    tuned, whole = away(fresh, 1), pj.chain(first, second).init(jax.random.key(0), params, roles)
+    assert not pj.extract(pj.lock(old)) and set(pj.extract(tuned)) < set(pj.extract(whole))
+    # The same arrays in a tree where all train, so that they have names.
+    named = pj.extract(jax.tree.unflatten(jax.tree.structure(whole), jax.tree.leaves(tuned)))
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        close(apply(tuned, IDS, MASK), twin(model, adapter, params, held, 1.0, IDS, MASK))
+        close(apply(tuned, IDS, MASK), twin(model, adapter, params, named, 1.0, IDS, MASK))
+    pj.save(tmp_path / "adapter", tuned, pj.chain(first, second), roles)
+    loaded = pj.load(tmp_path / "adapter", params)
+    assert jax.tree.structure(loaded) == jax.tree.structure(tuned) and same(loaded, tuned)
 
 
-def unlocked_like(tuned, unlocked):
-    """The arrays of a locked tree in one of the same kind where all train."""
-    return jax.tree.unflatten(jax.tree.structure(unlocked), jax.tree.leaves(tuned))
+def test_a_folder_of_what_took_locked_leaves_too(tmp_path):
+    """Every linear kernel, those with a locked LoRA too: in a chain where both trained, the second would have left them."""
+    _, params, roles = built("linen_pre")
+    for first, second in ((lora("query"), lora()), (lora("query"), pj.chain(pj.bitfit(), lora()))):
+        below = pj.lock(away(first.init(jax.random.key(0), params, roles)))
+        over = away(second.init(jax.random.key(1), below, roles))
+        both = away(pj.chain(first, second).init(jax.random.key(0), params, roles))
+        assert "layers_0/query/kernel/a" in pj.extract(over) and "layers_0/query/kernel/base/a" not in pj.extract(both)
+        for n, tuned in enumerate((over, both, pj.lock(both), pj.lock(over))):
+            pj.save(tmp_path / str(n), tuned, pj.chain(first, second), roles)
+            loaded = pj.load(tmp_path / str(n), params)
+            assert jax.tree.structure(loaded) == jax.tree.structure(tuned) and same(loaded, tuned)
