@@ -516,7 +516,7 @@ def test_merging_says_what_to_do_instead():
 
 
 @pytest.mark.third_party
-@pytest.mark.parametrize("kind", ["houlsby", "pfeiffer", "scaled_parallel"])
+@pytest.mark.parametrize("kind", ["pfeiffer", "scaled_parallel"])
 @pytest.mark.parametrize("name", [n for n in CASES if not n.startswith(("Bert", "Llama"))])
 def test_on_models_of_transformers(name, kind, clip_of_old):
     config, options, inputs = CASES[name]
