@@ -27,6 +27,7 @@ from peftjax.methods.p_tuning import p_tuning as p_tuning
 from peftjax.methods.prefix import prefix as prefix
 from peftjax.methods.prompt import prompt as prompt
 from peftjax.methods.reft import reft as reft
+from peftjax.methods.trainable_tokens import trainable_tokens as trainable_tokens
 from peftjax.methods.unfreeze import bitfit as bitfit
 from peftjax.methods.unfreeze import full as full
 from peftjax.methods.unfreeze import head as head

@@ -95,6 +95,23 @@ def joins_rows(x: Any) -> bool:
     return jax.default_backend() == "cpu" and explicit_spec(x) is None
 
 
+def take(x: Any, at: Any, axis: int, **options: Any) -> Any:
+    """x where integers point along an axis, in whose place their axes stand; all lies as it did, under explicit axes."""
+    xs, new = list(range(jnp.ndim(x))), [("at", k) for k in range(jnp.ndim(at))]
+    lies = product_sharding(x, at, [*xs[:axis], "gone", *xs[axis + 1 :]], new, [*xs[:axis], *new, *xs[axis + 1 :]])
+    return x.at[(*(slice(None),) * axis, at)].get(out_sharding=lies, **options)
+
+
+def beside(x: Any, base: Any, axes: Sequence[int]) -> Any:
+    """x, whose dimensions are these axes of a base, laid out as they are, where the mesh has explicit axes."""
+    spec = explicit_spec(base)
+    if spec is None:
+        return x
+    return jax.sharding.reshard(
+        x, NamedSharding(jax.typeof(base).sharding.mesh, PartitionSpec(*(spec[k] for k in axes)))
+    )
+
+
 def like(y: Any, kind: Any) -> Any:
     """y laid out as a type with explicit axes says; y itself elsewhere."""
     if explicit_spec(y) is None or kind.sharding.mesh.empty or jax.typeof(y).sharding == kind.sharding:

@@ -30,6 +30,18 @@ class Factor:
     atoms: Labels
     shared: int = 0
 
+    lazy = False  # whether some axis of it is in no array: see `peftjax.picks`
+
+    @property
+    def labels(self) -> Labels:
+        """Every axis of it."""
+        return self.atoms
+
+    @property
+    def sizes(self) -> dict[Any, int]:
+        """The sizes of these axes."""
+        return dict(zip(self.atoms, self.array.shape))
+
     def edited(self, edit: Edit, operands: Sequence[Any]) -> "Factor":
         """The factor after the operator's axes moved: untouched where it lacks the axis."""
         if edit.atom not in self.atoms:
@@ -69,6 +81,30 @@ class Factor:
     def backward(self) -> "Factor":
         """What acts on an operator's input as this one acts on the operator."""
         return self
+
+    def wide(self) -> "Factor":
+        """The factor in float32 or wider."""
+        return self.having(self.array.astype(wide_dtype(self.array.dtype)))
+
+    def whole(self) -> "Factor":
+        """The factor with all its axes in one array."""
+        return self
+
+    def times(self, x: "Factor", keep: set[Any], precision: Any) -> "Factor":
+        """What `pair` gives of x and this factor."""
+        x = _summed(x, keep | set(self.atoms))
+        w = _summed(self, keep | set(x.atoms))
+        if set(w.atoms) <= set(x.atoms) & keep:
+            order = [w.atoms.index(a) for a in x.atoms if a in w.atoms]
+            shape = [n if a in w.atoms else 1 for a, n in zip(x.atoms, x.array.shape)]
+            return Factor(x.array * lax.transpose(w.array, order).reshape(shape).astype(x.array.dtype), x.atoms)
+        shared = set(x.atoms) & set(w.atoms)
+        out = (
+            *(a for a in x.atoms if a in shared and a in keep),
+            *(a for a in x.atoms if a not in shared),
+            *(a for a in w.atoms if a not in shared),
+        )
+        return Factor(product(x.array, w.array, x.atoms, w.atoms, out, precision), out)
 
     def acting(self, x: "Factor") -> "Factor":
         """Its product with an array that has all of its axes, in the array's dtype."""
@@ -199,10 +235,10 @@ def dense(weight: Weight) -> Any:
 def _dense_term(term: Term, layout: Layout) -> Any:
     if term.rate and term.key is not None:
         raise ValueError("dropout acts on what a weight reads, so a weight with a dropout key has no dense value")
-    wide = lambda x: x.astype(wide_dtype(x.dtype))
-    factors = tuple(f.having(wide(f.array)) for f in term.factors)
+    factors = tuple(f.wide() for f in term.factors)
     if term.dense is not None:
-        factors = (Factor(wide(term.dense).reshape([layout.size(a) for a in layout.atoms]), layout.atoms), *factors)
+        whole = Factor(term.dense.reshape([layout.size(a) for a in layout.atoms]), layout.atoms)
+        factors = (whole.wide(), *factors)
     sizes = {a: layout.size(a) for a in layout.atoms}
     first, *rest = _mixed(factors, sizes)
     return chain(first, rest, layout.atoms, sizes).reshape(layout.shape)
@@ -213,6 +249,7 @@ def _mixed(factors: Sequence[Factor], sizes: dict[Any, int]) -> list[Factor]:
     done: list[Factor] = []
     for f in factors:
         if f.along:
+            done = [g if set(f.along).isdisjoint(g.atoms) else g.whole() for g in done]
             apart = [set(f.along).isdisjoint(g.atoms) for g in done]
             held = [g for a, g in zip(apart, done) if not a]
             labels = tuple(dict.fromkeys([*(a for g in held for a in g.atoms), *f.along]))
@@ -234,10 +271,12 @@ def chain(x: Factor, factors: Sequence[Factor], out: Labels, sizes: dict[Any, in
     Labels that are not in `out` are summed; labels of `out` that nobody holds are broadcast to `sizes`.
     """
     todo = list(factors)
+    if x.lazy:
+        x, todo = _led(x, todo)
     while todo:
         todo.sort(key=lambda f: _result_size(x, f, _kept(out, todo, f)))
         factor = todo.pop(0)
-        x = pair(x, factor, {*out, *(a for f in todo for a in f.atoms)}, precision)
+        x = pair(x, factor, {*out, *(a for f in todo for a in f.labels)}, precision)
     x = _summed(x, set(out))
     missing = [a for a in out if a not in x.atoms]
     order = [x.atoms.index(a) for a in out if a in x.atoms]
@@ -248,12 +287,18 @@ def chain(x: Factor, factors: Sequence[Factor], out: Labels, sizes: dict[Any, in
     return array
 
 
+def _led(x: Factor, todo: list[Factor]) -> tuple[Factor, list[Factor]]:
+    """Another factor first, from which x picks; where there is none, x with all its axes."""
+    first = next((f for f in todo if not f.lazy), None)
+    return (x.whole(), todo) if first is None else (first, [x, *(f for f in todo if f is not first)])
+
+
 def _kept(out: Labels, todo: Sequence[Factor], factor: Factor) -> set[Any]:
-    return {*out, *(a for f in todo if f is not factor for a in f.atoms)}
+    return {*out, *(a for f in todo if f is not factor for a in f.labels)}
 
 
 def _result_size(x: Factor, f: Factor, keep: set[Any]) -> int:
-    sizes = {**dict(zip(x.atoms, x.array.shape)), **dict(zip(f.atoms, f.array.shape))}
+    sizes = x.sizes | f.sizes
     return math.prod(n for a, n in sizes.items() if a in keep)
 
 
@@ -264,19 +309,7 @@ def _summed(x: Factor, keep: set[Any]) -> Factor:
 
 def pair(x: Factor, w: Factor, keep: set[Any], precision: Any = None) -> Factor:
     """The product of two labelled arrays in x's dtype, summed over what neither `keep` nor the other holds."""
-    x = _summed(x, keep | set(w.atoms))
-    w = _summed(w, keep | set(x.atoms))
-    if set(w.atoms) <= set(x.atoms) & keep:
-        order = [w.atoms.index(a) for a in x.atoms if a in w.atoms]
-        shape = [n if a in w.atoms else 1 for a, n in zip(x.atoms, x.array.shape)]
-        return Factor(x.array * lax.transpose(w.array, order).reshape(shape).astype(x.array.dtype), x.atoms)
-    shared = set(x.atoms) & set(w.atoms)
-    out = (
-        *(a for a in x.atoms if a in shared and a in keep),
-        *(a for a in x.atoms if a not in shared),
-        *(a for a in w.atoms if a not in shared),
-    )
-    return Factor(product(x.array, w.array, x.atoms, w.atoms, out, precision), out)
+    return w.times(x, keep, precision)
 
 
 def product(x: Any, w: Any, xs: Labels, ws: Labels, out: Labels, precision: Any = None, batched: bool = False) -> Any:

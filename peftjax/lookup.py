@@ -7,6 +7,7 @@ from jax import lax
 
 from peftjax.factored import Factor, Term, Weight, chain, wide_dtype
 from peftjax.outputs import Run, split_terms, summed
+from peftjax.picks import Pick
 from peftjax.sides import outside, shared
 
 
@@ -76,6 +77,6 @@ def _gathered(f: Factor, ids: Any, indexed: dict[Any, int], rows: dict[Any, int]
         numbers,
         sizes,
         mode=params["mode"],
-        fill_value=params["fill_value"],
+        fill_value=f.count if isinstance(f, Pick) else params["fill_value"],
     )
-    return Factor(array, (*(("n", j) for j in range(n)), *(f.atoms[k] for k in rest)))
+    return f.having(array, (*(("n", j) for j in range(n)), *(f.atoms[k] for k in rest)))

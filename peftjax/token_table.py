@@ -1,6 +1,6 @@
 """Virtual tokens in a table of embeddings: the overlay of further rows, and which table is the one of words."""
 
-from typing import Any, Callable
+from typing import Any, Callable, Sequence
 
 import jax
 
@@ -70,12 +70,24 @@ def at_table(name: str, make: Callable[[Leaf], Any], targets: Targets | None) ->
 
 
 def _table(name: str, params: Any, roles: Roles | None, targets: Targets | None) -> str:
-    if targets is not None:
-        found = choose(targets, params, roles, kernels=True)
-    elif roles is None:
+    if targets is None:
+        return words(name, roles)
+    found = choose(targets, params, roles, kernels=True)
+    return _only(name, found)
+
+
+def words(name: str, roles: Roles | None) -> str:
+    """The path of the table of words, where a model looks up one table only.
+
+    Raises:
+      ValueError: it looks up none, or several; there are no roles.
+    """
+    if roles is None:
         raise ValueError(f"{name}: which leaf is the table of words? Expected `roles=`, or `targets=`")
-    else:
-        found = [path for path, role in roles.items() if role.op == "embedding" and "gather" in role.uses]
+    return _only(name, [p for p, role in roles.items() if role.op == "embedding" and "gather" in role.uses])
+
+
+def _only(name: str, found: Sequence[str]) -> str:
     if len(found) != 1:
         said = ", ".join(found) if found else "no leaf"
         raise ValueError(f"{name}: rows are looked up in {said}; name the table of words: `targets=(...,)`")

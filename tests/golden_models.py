@@ -27,6 +27,8 @@ def flax_tree(tensors, tree):
     """Torch's tensors as the parameters of an unmodified Flax model."""
     made = {}
     for path in flatten_dict(tree):
+        if path[0] == "lm_head" and "lm_head.weight" not in tensors:
+            continue  # it is the table
         last = {"kernel": "weight", "embedding": "weight", "scale": "weight"}.get(path[-1], path[-1])
         tensor = tensors[".".join((*path[:-1], last))]
         made[path] = jnp.asarray(tensor.T if path[-1] == "kernel" else tensor)
@@ -37,6 +39,7 @@ KINDS = {
     "bert": ("BertConfig", "FlaxBertForSequenceClassification"),
     "roberta": ("RobertaConfig", "FlaxRobertaForSequenceClassification"),
     "llama": ("LlamaConfig", "FlaxLlamaForCausalLM"),
+    "tied": ("LlamaConfig", "FlaxLlamaForCausalLM"),
     "gpt2": ("GPT2Config", "FlaxGPT2LMHeadModel"),
     "t5": ("T5Config", "FlaxT5ForConditionalGeneration"),
     "bart": ("BartConfig", "FlaxBartForConditionalGeneration"),
@@ -78,6 +81,8 @@ def model(name):
     ids, masks = jnp.asarray(given["input_ids"]), {k: jnp.asarray(given[f"mask_{k}"]) for k in MASKS}
 
     def fn(params, ids, mask, positions=None):
+        if name == "tied":
+            params = {**params, "lm_head": {"kernel": params["model"]["embed_tokens"]["embedding"].T}}
         with usual():
             return made(ids, attention_mask=mask, position_ids=positions, params=params).logits
 

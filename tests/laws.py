@@ -37,6 +37,7 @@ from peftjax.methods.loha import LoHa
 from peftjax.methods.lokr import LoKr
 from peftjax.methods.lora import LoRA, Shift
 from peftjax.methods.oft import OFT
+from peftjax.methods.trainable_tokens import Tokens
 from peftjax.methods.unfreeze import Full
 from peftjax.methods.vera import VeRA
 from peftjax.overlay import Output, is_overlay, layers
@@ -103,6 +104,13 @@ def _integers(model: Model) -> str | None:
     return "integers do not train" if whole else None
 
 
+def _tables(model: Model) -> Any:
+    """The tables of a model; where it has none, the outputs of its matrices are the tokens."""
+    found = [path for path in model.axes if path.endswith("embedding")]
+    found = found or [path for path, axes in model.axes.items() if sorted(x for x in axes if x in "io") == ["i", "o"]]
+    return tuple(found) or model.targets
+
+
 def _groups(model: Model) -> str | None:
     return "kernel is a convolution of 2 groups" if model.name == "linen_conv_grouped" else None
 
@@ -138,6 +146,10 @@ def _compacter(model: Model) -> str | None:
 
 
 ODD = frozenset({"linen_patches", "linen_batch_stats"})  # an output of three features
+
+
+def _not_a_table(model: Model) -> str | None:
+    return None if isinstance(_tables(model), tuple) else "expected a table"
 
 
 METHODS: dict[str, Row] = {
@@ -178,6 +190,7 @@ METHODS: dict[str, Row] = {
     "ia3": Row(lambda m: pj.ia3(m.targets)),
     "ia3_feedforward": Row(lambda m: pj.ia3((), m.targets), refuses=_groups),
     "loha": Row(lambda m: pj.loha(rank=2, alpha=6, targets=m.targets)),
+    "trainable_tokens": Row(lambda m: pj.trainable_tokens((1, 0), targets=_tables(m)), refuses=_not_a_table),
     "adalora": Row(lambda m: pj.adalora(rank=2, target_rank=1, alpha=6, total_steps=9, targets=m.targets)),
     "oft": Row(lambda m: pj.oft(block_size=2, targets=m.targets)),
     "oft_neumann": Row(lambda m: pj.oft(rank=1, neumann_terms=5, targets=m.targets)),
@@ -287,6 +300,12 @@ def _dense_lokr(x: LoKr, base: Any) -> Any:
     return base + jnp.transpose(delta, [order.index(k) for k in range(len(order))])
 
 
+def _dense_tokens(x: Tokens, base: Any) -> Any:
+    scale = x.scale.reshape([n if k in "sb" else 1 for n, k in zip(base.shape, x.axes)])
+    at = (slice(None),) * x.axis + (np.array(x.ids),)
+    return base.at[at].set(scale * x.rows + (1 - scale) * base[at])
+
+
 def _dense_vera(x: VeRA, base: Any) -> Any:
     w = string.ascii_lowercase[: len(x.axes)]
     i, o, stacked = ("".join(k for k, letter in zip(w, x.axes) if letter in letters) for letters in ("i", "o", "sb"))
@@ -308,6 +327,7 @@ ORACLES: dict[type, Callable[[Any, Any], Any]] = {
     AdaLoRA: _dense_adalora,
     DoRA: _dense_dora,
     Full: _dense_full,
+    Tokens: _dense_tokens,
     IA3: _dense_ia3,
     LoHa: _dense_loha,
     LoKr: _dense_lokr,

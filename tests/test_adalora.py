@@ -142,6 +142,20 @@ def test_one_compilation_serves_every_step():
     assert len(traces) == 1 and sum(int(np.sum(x.kept)) for x in tuned.values()) == 2
 
 
+def test_the_train_step_runs_both_hooks(usual_promotion):
+    method, tx = pj.adalora(**OPTIONS), optax.sgd(0.1)
+    tuned = moved(method.init(KEY, W), 0)
+    apply = pj.wrap(lambda p, batch: fn(p, batch["x"]))
+    step = pj.make_train_step(apply, lambda y, batch: (jnp.mean((y - batch["y"]) ** 2), {}), tx, method=method)
+    state, want = pj.train_state(tuned, tx), trained(method, tuned, range(8))
+    with usual_promotion():
+        for tree, _ in want:
+            state, _ = step(state, {"x": jnp.asarray(X), "y": jnp.asarray(Y)})
+            for k in W:
+                np.testing.assert_array_equal(state.tuned[k].kept, tree[k].kept)
+                np.testing.assert_allclose(state.tuned[k].e, tree[k].e, rtol=1e-5, atol=1e-7)
+
+
 def test_a_whole_tree_of_gradients_serves_as_well():
     method = pj.adalora(**OPTIONS)
     tuned = moved(method.init(KEY, W), 0)

@@ -10,6 +10,10 @@ from peftjax.interop.names import Spot
 from peftjax.interop.turning import Rope
 
 
+# What torch calls the table of words, where a model looks up other tables too.
+WORDS = ("word_embeddings", "embed_tokens", "wte", "shared", "tok_embeddings", "word_embedding", "words")
+
+
 @dataclasses.dataclass(frozen=True)
 class Base:
     """The parameters of a model by their torch names, and what they do not show of its attention.
@@ -69,6 +73,23 @@ class Base:
         """The modules that have a scale and no kernel."""
         scales = {spot.module for spot in self.spots.values() if spot.role.op == "scale"}
         return scales - {spot.module for spot in self.spots.values() if spot.is_kernel}
+
+    def words(self, what: str) -> Spot:
+        """The table of words: the only one that is looked up, or the only one of a usual name.
+
+        Raises:
+          ValueError: there is none, or more than one.
+        """
+        tables = [spot for spot in self.spots.values() if spot.role.op == "embedding" and "gather" in spot.role.uses]
+        named = [spot for spot in tables if spot.module.rpartition(".")[2] in WORDS]
+        found = tables if len(tables) == 1 else named
+        if len(found) != 1:
+            said = ", ".join(spot.name for spot in named or tables) or "no table"
+            raise ValueError(
+                f"{what} go with the table of words, and this model looks up {said}; expected one, or one called "
+                f"{', '.join(WORDS)}: does `names` map its leaves to the torch names?"
+            )
+        return found[0]
 
     def saved(self, modules: Iterable[str] | None) -> list[Spot]:
         """The parameters of the modules that `modules_to_save` names."""

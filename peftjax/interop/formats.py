@@ -27,6 +27,19 @@ Tuned = tuple[str, Overlay, list[Spot]]
 
 
 @dataclasses.dataclass(frozen=True)
+class Extra:
+    """What the files of some methods hold besides: overlays of other types, on modules that keep their names.
+
+    Attributes:
+      parts, page, plain: as of a `Format`.
+    """
+
+    parts: Mapping[type, Parts]
+    page: Callable[[Sequence[Tuned], Base], dict[str, Any]]
+    plain: Mapping[type, Callable[[Any], Any]]
+
+
+@dataclasses.dataclass(frozen=True)
 class Format:
     """One method of peft.
 
@@ -42,6 +55,7 @@ class Format:
       placed: the slots under the names, and in the parts of tensors, that the files have.
       inside: where the tensors of an adapted module lie that are trained themselves.
       only: what `bias` is where the biases of adapted modules train, and no others.
+      extra: what its files hold besides, or None.
       begun: a tree that the method has just initialised, as the options have it before tensors fill it.
       restored: the tree as the model needs it, from one that holds a file's tensors.
       stored: the tree that holds what a file's tensors do.
@@ -58,6 +72,7 @@ class Format:
     placed: Callable[[list[Slot], Base, Options], list[Slot]] = lambda slots, base, options: slots
     inside: str = "base_layer"
     only: str = "lora_only"
+    extra: Extra | None = None
     begun: Callable[[Any, Options, Base], Any] = lambda tuned, options, base: tuned
     restored: Callable[[Any, Base, Options], Any] = lambda tuned, base, options: tuned
     stored: Callable[[Any, Base], Any] = lambda tuned, base: tuned

@@ -19,6 +19,7 @@ from peftjax.interop import (
     peft_oft,
     peft_prefix,
     peft_prompt,
+    peft_tokens,
     peft_vera,
 )
 from peftjax.interop.base import Base
@@ -49,6 +50,7 @@ FORMATS: dict[str, Format] = {
     "OFT": peft_oft.FORMAT,
     "PREFIX_TUNING": peft_prefix.FORMAT,
     "LN_TUNING": peft_ln.FORMAT,
+    "TRAINABLE_TOKENS": peft_tokens.FORMAT,
 }
 
 
@@ -144,7 +146,9 @@ def _read(folder: Path, params: Any, roles: Roles, names: Names, rope: Rope = No
 
 
 def _slots(tuned: Any, format: Format, base: Base, options: Options) -> list[Slot]:
-    parts = {**format.parts, Full: full_parts(adapted_modules(tuned, base, format), format.inside)}
+    besides = format.extra.parts if format.extra else {}
+    whole = full_parts(adapted_modules(tuned, base, format), format.inside)
+    parts = {**format.parts, **besides, Full: whole}
     return format.placed(slots(tuned, base, parts, format.prefix), base, options)
 
 
@@ -178,7 +182,9 @@ def save(
     base = Base(spots(strip(tuned), roles, names), rope, heads)
     format = _format(tuned)
     tuned = format.stored(tuned, base)
-    tuned = map_layers(lambda _, x: format.plain.get(type(x), lambda same: same)(x), tuned)
+    extra = format.extra.parts if format.extra else {}
+    plain = {**format.plain, **(format.extra.plain if format.extra else {})}
+    tuned = map_layers(lambda _, x: plain.get(type(x), lambda same: same)(x), tuned)
     if broken := not_finite((e.key, e.value) for e in entries(tuned) if e.trains):
         raise ValueError(f"not saved, for these hold a NaN or an infinity: {', '.join(broken)}. Did training diverge?")
     of = lambda kinds: [(p, x, base.at(p)) for p, leaf in flatten(tuned) for x in layers(leaf) if type(x) in kinds]
@@ -193,6 +199,9 @@ def save(
             f"peft's files of this method cannot say {', '.join(lost)}: leaves that are trained themselves"
         )
     saved = {key: value for key, value in saved.items() if key in format.options}
+    besides = of(extra)
+    if format.extra and besides:
+        saved |= format.extra.page(besides, base)
     page = {**format.page(of(format.parts), base), **saved, "task_type": task_type, "inference_mode": True}
     if any(is_conv1d(spot) for spot in base.spots.values() if spot.module in adapted):
         page["fan_in_fan_out"] = True
@@ -202,17 +211,22 @@ def save(
     for spot in held:
         for part in parts(None, spot):
             tensors.setdefault(format.prefix + part.name, untouched(spot, leaves))
-    for spot in tables(base, adapted):
+    for spot in [] if besides else tables(base, adapted):  # with trained tokens, peft saves no table
         tensors[format.prefix + spot.of_module("base_layer.weight")] = untouched(spot, leaves)
     with replacing(Path(os.path.realpath(path)), {TENSORS, CONFIG}) as new:
         write_tensors(new / TENSORS, tensors)
         write_page(new / CONFIG, page)
 
 
+def _holds(format: Format, kinds: set[type]) -> bool:
+    besides = set(format.extra.parts) if format.extra else set()
+    return bool(kinds & set(format.parts)) and kinds <= set(format.parts) | besides
+
+
 def _format(tuned: Any) -> Format:
     kinds = {type(x) for _, leaf in flatten(tuned) for x in layers(leaf)}
     kinds = kinds - {Full} or kinds
-    fits = [format for format in FORMATS.values() if kinds and all(kind in format.parts for kind in kinds)]
+    fits = [format for format in FORMATS.values() if _holds(format, kinds)]
     if not fits:
         known = sorted({kind.__name__ for format in FORMATS.values() for kind in format.parts} - {Full.__name__})
         raise ValueError(

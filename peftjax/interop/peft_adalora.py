@@ -6,7 +6,7 @@ from typing import Any, Iterator, Sequence
 import jax
 import numpy as np
 
-from peftjax.interop import config
+from peftjax.interop import config, peft_tokens
 from peftjax.interop.base import Base, regex
 from peftjax.interop.formats import Format, Options, Tuned, copies, trained_whole
 from peftjax.interop.match import targets_of
@@ -33,6 +33,7 @@ OPTIONS = {
     "total_step": config.Option(None, lambda x: config.is_whole(x) and x > 0, "a positive integer"),
     "rank_pattern": config.Option(None, lambda x: x is None or _is_pattern(x), PATTERN),
     "bias": config.one_of("none", "none", "all", "lora_only"),
+    "trainable_token_indices": peft_tokens.INDICES,
     "init_lora_weights": config.one_of(True, True, False),
     "r": config.whole(8),  # of LoRA, whose options these are too: it says nothing here
 }
@@ -63,7 +64,7 @@ def method(options: Options, base: Base) -> list[Method]:
         dropout=options["lora_dropout"],
         targets=regex(base.leaves(kernels, "target_modules")),
     )
-    return [made, *trained_whole(options, base, kernels)]
+    return [made, *trained_whole(options, base, kernels), *peft_tokens.beside(options, base, kernels)]
 
 
 def _check(spot: Spot) -> None:
@@ -163,4 +164,12 @@ def _alpha(scale: float, rank: int) -> int | float:
     return int(found) if found == int(found) else found
 
 
-FORMAT = Format(options=OPTIONS, method=method, parts={AdaLoRA: parts}, page=page, beside=copies, begun=begun)
+FORMAT = Format(
+    options=OPTIONS,
+    method=method,
+    parts={AdaLoRA: parts},
+    page=page,
+    beside=copies,
+    begun=begun,
+    extra=peft_tokens.EXTRA,
+)

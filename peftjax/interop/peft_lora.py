@@ -6,7 +6,7 @@ from typing import Any, Iterator, Sequence
 
 import jax.numpy as jnp
 
-from peftjax.interop import config
+from peftjax.interop import config, peft_tokens
 from peftjax.interop.base import Base, regex
 from peftjax.interop.formats import Format, Options, Tuned, copies, neat, trained_whole
 from peftjax.interop.layout import whole, window
@@ -28,6 +28,7 @@ OPTIONS = {
     "use_dora": config.flag(False),
     "bias": config.one_of("none", "none", "all", "lora_only"),
     "lora_bias": config.flag(False),
+    "trainable_token_indices": peft_tokens.INDICES,
     # "eva" chooses A from data, and leaves W; "corda", "lora_ga" and "loftq" change W by what no file holds.
     "init_lora_weights": config.one_of(True, True, False, "gaussian", "eva", "orthogonal", "pissa", "olora"),
 }
@@ -44,7 +45,7 @@ def method(options: Options, base: Base) -> list[Method]:
             raise ValueError(f"{spot.module} is a grouped convolution, of which peft reads all channels for each group")
         groups.setdefault((uses(spot), chosen_layers(spot, kernels)), []).append(spot)
     made = [_lora(options, spots, *key) for key, spots in groups.items()]
-    return [*made, *trained_whole(options, base, kernels)]
+    return [*made, *trained_whole(options, base, kernels), *peft_tokens.beside(options, base, kernels)]
 
 
 def _check_biases(options: Options, kernels: Sequence[Spot]) -> None:
@@ -197,5 +198,6 @@ FORMAT = Format(
     parts={LoRA: parts, DoRA: parts, Shift: parts},
     page=page,
     beside=copies,
+    extra=peft_tokens.EXTRA,
     plain={LoRA: plain, DoRA: plain},
 )

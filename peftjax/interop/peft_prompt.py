@@ -17,8 +17,6 @@ from peftjax.token_table import Prompt
 
 TENSOR, PREFIX = "prompt_embeddings", "base_model."
 SEQ2SEQ = "SEQ_2_SEQ_LM"
-# What torch calls the table of words, where a model looks up other tables too.
-WORDS = ("word_embeddings", "embed_tokens", "wte", "shared", "tok_embeddings", "word_embedding", "words")
 SHARED = {
     "num_virtual_tokens": config.whole(None, least=1, needed=True),
     "num_transformer_submodules": config.one_of(None, None, 1, 2),
@@ -47,7 +45,7 @@ NETWORK = {
 
 def method(options: Options, base: Base) -> list[Method]:
     """A prompt on the table of words, and training of the modules to save."""
-    spot, width = _table(base), options["token_dim"]
+    spot, width = base.words("a prompt's rows"), options["token_dim"]
     features = spot.shape[spot.role.axes.index("o")]
     if width not in (None, features):
         raise ValueError(f"token_dim is {width}, expected {features}: {spot.name} has as many features")
@@ -58,20 +56,6 @@ def method(options: Options, base: Base) -> list[Method]:
         )
     made = prompt(options["num_virtual_tokens"], targets=regex([spot.path]))
     return [made, *trained_whole(options, base, ())]
-
-
-def _table(base: Base) -> Spot:
-    """The table of words: the only one that is looked up, or the only one of a usual name."""
-    tables = [spot for spot in base.spots.values() if spot.role.op == "embedding" and "gather" in spot.role.uses]
-    named = [spot for spot in tables if spot.module.rpartition(".")[2] in WORDS]
-    found = tables if len(tables) == 1 else named
-    if len(found) != 1:
-        said = ", ".join(spot.name for spot in named or tables) or "no table"
-        raise ValueError(
-            f"a prompt's rows go below the table of words, and this model looks up {said}; expected one, or one called "
-            f"{', '.join(WORDS)}: does `names` map its leaves to the torch names?"
-        )
-    return found[0]
 
 
 def parts(x: Prompt, spot: Spot) -> Iterator[Part]:

@@ -139,6 +139,7 @@ def fill(
             faults.append(f"unknown: {name} {_shape(tensor.shape)} (nearest: {near(name, expected)})")
         elif beside[name] is not None and not np.array_equal(tensor, beside[name]):
             faults.append(f"other base: {name} {_shape(tensor.shape)} is not what the parameters hold")
+    faults = faults or _unequal(wanted, tensors)
     if faults:
         raise ValueError(f"{where} does not fit this model:\n  " + "\n  ".join(faults))
     keys = {slot.key for slot in wanted}
@@ -146,6 +147,17 @@ def fill(
     for slot in wanted:
         slot.layout.write(flat[slot.key], slot.cut(tensors[slot.name]).astype(np.float32))
     return replaced(tuned, keys, flat)
+
+
+def _unequal(wanted: Sequence[Slot], tensors: Mapping[str, np.ndarray]) -> list[str]:
+    """Tensors that are one array of the tree, and differ."""
+    first: dict[Any, Slot] = {}
+    pairs = [(first.setdefault((slot.key, slot.layout, slot.block), slot).name, slot.name) for slot in wanted]
+    return [
+        f"not equal: {one} and {other}, which this model has as one array"
+        for one, other in pairs
+        if not np.array_equal(tensors[one], tensors[other])
+    ]
 
 
 def _faults(name: str, tensor: np.ndarray, shape: tuple[int, ...]) -> list[str]:
