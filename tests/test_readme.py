@@ -41,12 +41,15 @@ def names():
 
 
 @pytest.mark.third_party
-def test_five_lines_on_your_own_model():
+def test_five_lines_on_your_own_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     scope = names()
     scope["model"] = Model()
     scope["params"] = scope["model"].init(jax.random.key(0), scope["x"])["params"]
     exec(BLOCKS[0], scope)
     assert scope["grads"]["up"]["kernel"].b.shape == (8, 16) and scope["grads"]["down"]["kernel"] is None
+    exec(BLOCKS[2], scope)
+    assert int(scope["state"].step) == 3 and scope["data"] == {"batch": 3}
     scope["nnx_model"] = NNXModel(nnx.Rngs(0))
     before = scope["nnx_model"](scope["x"])
     exec(BLOCKS[1], scope)

@@ -218,6 +218,24 @@ def test_a_methods_penalty_and_update():
     assert kernels and all(x is y for x, y in zip(now, kernels, strict=True))
 
 
+def test_adalora_prunes_as_it_trains():
+    """No one names the method: its penalty and update run, and the state that it keeps in frozen fields moves."""
+    method = pj.adalora(rank=3, target_rank=1, total_steps=8, tinit=1, tfinal=2)
+    (apply, tuned), tx = made(method), optax.adamw(1e-2)
+    traces = []
+    counted = lambda tuned, batch: traces.append(None) or apply(tuned, batch)
+    step, state = pj.make_train_step(counted, token_loss, tx, method=method), pj.train_state(tuned, tx)
+    kept = []
+    for seed in range(8):
+        state, metrics = step(state, batch_of(seed=seed))
+        overlays = [x for x in jax.tree.leaves(state.tuned, is_leaf=is_overlay) if is_overlay(x)]
+        kept.append(sum(int(x.kept.sum()) for x in overlays))
+    assert kept[0] == 3 * len(overlays) and kept[-1] == len(overlays) and kept == sorted(kept, reverse=True)
+    assert np.isfinite(metrics["loss"]) and len(traces) == 1
+    for x in overlays:
+        np.testing.assert_array_equal(np.asarray(x.e)[~np.asarray(x.kept)], 0)
+
+
 def test_bfloat16_compute_over_float32_adapters():
     model = nn.Dense(4, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     x = jnp.ones((4, 3), jnp.bfloat16)
