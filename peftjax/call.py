@@ -38,12 +38,16 @@ class Call:
         overlays = tuple(jax.tree.structure(x) for x in self.leaves if is_overlay(x))
         return self.tree, overlays, tuple((k, x) for k, x in enumerate(self.leaves) if k not in dynamic)
 
-    def filled(self, values: Sequence[Any]) -> Any:
-        """The call's `(params, args, kwargs)` with these values at the dynamic positions."""
+    def having(self, values: Sequence[Any]) -> "Call":
+        """The same call with these values at the dynamic positions."""
         leaves = list(self.leaves)
         for k, value in zip(self.dynamic, values):
             leaves[k] = value
-        return jax.tree.unflatten(self.tree, leaves)
+        return dataclasses.replace(self, leaves=leaves)
+
+    def filled(self, values: Sequence[Any]) -> Any:
+        """The call's `(params, args, kwargs)` with these values at the dynamic positions."""
+        return jax.tree.unflatten(self.tree, self.having(values).leaves)
 
 
 def is_array(x: Any) -> bool:

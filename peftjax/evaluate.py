@@ -90,7 +90,8 @@ def _is_passed(x: Any) -> bool:
 
 
 def _program(programs: dict[Any, Any], evaluate: Evaluate, call: Call) -> Any:
-    make = lambda: jax.jit(lambda *given: evaluate(call, given)[0])
+    # A program serves calls of other shapes too: what it traces has the types of each, not those of the first.
+    make = lambda: jax.jit(lambda *given: evaluate(call.having(given), given)[0])
     try:
         key = call.static
         if key not in programs:

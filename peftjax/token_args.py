@@ -71,7 +71,10 @@ def _name(key: Any) -> str:
 def find(names: Names, fn: Callable[..., Any], call: Call) -> dict[str, int]:
     """The places of the named arguments among the call's leaves, by field."""
     paths, found = argument_paths(fn, call), {}
+    of_encoder = any(_is_decoders(path) for path in paths.values()) and not _is_decoders(names.ids)
     for field, name in names.fields.items():
+        if field == "labels" and field in names.implied and of_encoder:
+            continue  # they are a decoder's
         places = [k for k, path in paths.items() if path == name or path.endswith("/" + name)]
         if not places and field in names.implied and field not in ("ids", "mask"):
             continue
@@ -87,6 +90,10 @@ def find(names: Names, fn: Callable[..., Any], call: Call) -> dict[str, int]:
             raise ValueError(f"wrap_tokens: {name} is {call.leaves[places[0]]!r}; expected an array")
         found[field] = places[0]
     return found
+
+
+def _is_decoders(path: str) -> bool:
+    return path.rpartition("/")[2].startswith("decoder_")
 
 
 def sequence_axis(x: Any, ids: Any, axis: int) -> int | None:

@@ -91,6 +91,10 @@ class Sequence:
             for a, b in pairs(closed.jaxpr, other.jaxpr)
         }
 
+    def is_square(self, eqn: Any) -> bool:
+        """Whether two axes of an equation's (first) output follow the number of tokens."""
+        return len(self.found.get(id(eqn), [()])[0]) > 1
+
     def axis(self, eqn: Any, others: Collection[int]) -> int | str:
         """The axis of tokens in an equation's (first) output, none of `others`; or what is wrong with it, in words."""
         found = self.found[id(eqn)][0]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from peftjax.call import Call
-from peftjax.causal import is_causal
+from peftjax.causal import against_last, is_causal
 from peftjax.evaluate import evaluated, runner, traced
 from peftjax.evaluator import Evaluator
 from peftjax.overlay import Output, Overlay, Table, layers, type_of
@@ -59,13 +59,15 @@ def wrap_tokens(
       ids: the token ids, integers (B, T), or with the tokens along `axis`. Virtual ones are V, V + 1, ... for prompts,
         which read the table's further rows, and 0 for prefixes, where nobody reads what stands there.
       mask: 1 where a token is real; virtual ones are 1, and 0 while every overlay's scale is 0, so `peftjax.disable`
-        gives the base model. None for a model without a mask.
+        gives the base model (but one that counts positions itself counts virtual tokens that come first). None for a
+        model without a mask.
       positions: the positions of the tokens, if the model takes them.
       types: token types, if the model takes them; virtual ones are 0.
-      labels: one label a token, if the model takes them; virtual ones are -100.
+      labels: one label a token, if the model takes them; virtual ones are -100. Beside arguments called `decoder_...` they
+        are a decoder's, and stay unless the ids are called so too; None says so of models that make those from labels.
       pool_mask: a mask that stays 0 at virtual tokens, for pooling and losses inside `fn`.
       side: "first" puts virtual tokens before x, "last" after it, where the first position stays first. "auto" is first
-        for causal models and last for others.
+        for models with a causal part and last for others.
       shift: whether the real tokens' positions begin at n, and the virtual ones' at 0. By default where virtual tokens
         come first, as they do in HF peft. Else real positions stay, and a prompt's follow the last of them.
       axis: the ids' axis of tokens.
@@ -132,6 +134,10 @@ def _evaluate(fn: Any, names: Names, call: Call, given: Seq[Any]) -> tuple[Any, 
         )
     span = Span(long, 0 if first else size, prompt, prefix)
     sequence, other_shape = _compared(fn, call, types, closed, size, span)
+    if names.check and span.virtual and not first and (reason := against_last(closed, sequence.is_square)):
+        raise ValueError(
+            f"wrap_tokens: virtual tokens last: {reason}; expected side='first' (`check=False` trusts the model)"
+        )
     active = functools.reduce(
         jnp.logical_or, [jnp.any(jnp.asarray(o.scale) != 0) for o in overlays if o.virtual] or [jnp.array(True)]
     )

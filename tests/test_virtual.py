@@ -221,6 +221,16 @@ def test_a_prompt_is_real_embeddings(name, causal):
     close(pj.wrap(fn)(pj.settle(tuned), IDS, MASK), fn(params, IDS, MASK))
 
 
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_one_function_serves_sequences_of_any_length(kind):
+    fn, params = plain(True)
+    apply, tuned = pj.attach(METHODS[kind], fn, params, IDS, MASK, key=KEY, tokens={})
+    tuned = drawn(tuned)
+    for n in (5, 7, 3):
+        ids, mask = (np.resize(x, (2, n)) for x in (IDS, np.ones_like(MASK)))
+        close(apply(tuned, ids, mask), pj.wrap_tokens(fn)(tuned, ids, mask), mask)
+
+
 def test_the_side_follows_the_mask_of_the_model():
     for causal in (False, True):
         fn, params = plain(causal)
