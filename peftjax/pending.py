@@ -5,6 +5,7 @@ import functools
 from typing import Any, Callable, Sequence
 
 import jax.numpy as jnp
+
 from peftjax.hooked import Pending, inner, position, where
 from peftjax.site import Site
 from peftjax.views import Layout, follow

@@ -86,7 +86,7 @@ def vera(
       >>> params = {"down": jnp.ones((6, 3)), "up": jnp.ones((3, 6))}
       >>> tuned = pj.vera(rank=4).init(jax.random.key(0), params)
       >>> tuned["down"].shared_a.shape, tuned["up"].shared_a, tuned["up"].b.shape
-      ((6, 4), Ref(path='down', field='shared_a'), (6,))
+      ((6, 4), Ref(path='down', field='shared_a', depth=None), (6,))
 
     Reference: Kopiczko et al. 2023, arXiv 2310.11454.
     """
