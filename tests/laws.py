@@ -268,14 +268,15 @@ def _turned(x: OFT, w: Any, upper: Any, scale: Any) -> Any:
         for_all = jnp.sqrt(2 * jnp.sum(jax.lax.stop_gradient(upper) ** 2, 1)) * np.sqrt(len(upper)) / x.eps
         inside = jax.lax.stop_gradient(upper) / jnp.maximum(for_all, 1)[:, None]
         upper = inside + (upper - jax.lax.stop_gradient(upper))
-    q = jnp.zeros((n, n))
+    stands = np.zeros((*upper.shape, n, n), np.float32)  # where in Q an entry stands, and with which sign
     for block in range(n // b):
         entries = iter(range(b * (b - 1) // 2))
         for i in range(b):
             for j in range(i + 1, b):
-                value = upper[block % len(upper), next(entries)]
-                at = block * b + i, block * b + j
-                q = q.at[at].set(value).at[at[::-1]].set(-value)
+                entry, row, column = next(entries), block * b + i, block * b + j
+                stands[block % len(upper), entry, row, column] = 1
+                stands[block % len(upper), entry, column, row] = -1
+    q = jnp.tensordot(upper, stands, 2)
     one = jnp.eye(n)
     r = jnp.linalg.inv(one + q) @ (one - q) if x.series is None else one + 2 * q @ (one + q + q @ q) + q @ q @ q @ q
     r = r.T if x.axes[x.turns[0]] == "o" else r
