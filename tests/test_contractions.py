@@ -21,14 +21,22 @@ from peftjax.methods.lora import LoRA
 FEW = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 
-def examples(count, strategy, parts=1):
-    """Checks this many examples of a strategy, the same every time, in parts that can run side by side."""
+BATCH = 10
 
-    def decorate(check):
+
+def examples(count, strategy, parts=1):
+    """Checks this many examples of a strategy, the same every time, in parts that can run side by side.
+
+    The decorated function makes a `Use` of an example. Every batch of them is one program, for most of the time of a
+    small program is spent on its being a program; a batch that fails shrinks to its example.
+    """
+
+    def decorate(use):
         @pytest.mark.parametrize("part", range(parts))
         def test(part):
-            few = settings(FEW, max_examples=count // parts)
-            seed(part)(few(given(strategy())(lambda spec: check(*spec))))()
+            few = settings(FEW, max_examples=1 + count // parts // BATCH)  # the first is ten times the simplest one
+            batches = st.lists(strategy(), min_size=BATCH, max_size=BATCH)
+            seed(part)(few(given(batches)(lambda specs: agree([use(*spec) for spec in specs]))))()
 
         return test
 
@@ -180,33 +188,49 @@ def seen(w, through):
 # Agreement
 
 
-def agree(w, through, use, *xs, merges=True):
-    """The use of the viewed leaf, and its gradients, are those of the dense array; `merges` False: without a merge."""
-    fn = lambda params, *xs: use(seen(params["w"], through), *xs)
-    moving = [k for k, x in enumerate(xs) if jnp.issubdtype(x.dtype, jnp.floating)]
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """A use of a viewed leaf, as `fn(viewed, *xs)`; `merges` False: without a merge."""
 
-    def both(a, b, xs):
-        def run(f, tree):
-            def value(a, b, moved):
-                given = list(xs)
-                for k, x in zip(moving, moved):
-                    given[k] = x
-                return f({"w": tree(w.replace(a=a, b=b))}, *given)
+    w: LoRA
+    through: list
+    fn: object
+    xs: tuple
+    merges: bool = True
 
-            y, back = jax.vjp(value, a, b, [xs[k] for k in moving])
-            return y, back(numbers(*y.shape, seed=1))
+    def of(self, params, *xs):
+        return self.fn(seen(params["w"], self.through), *xs)
 
-        return run(pj.wrap(fn), lambda w: w), run(fn, oracle)
+    def run(self, f, tree, a, b, xs):
+        """The use by `f` of the leaf as `tree` makes it, and its gradients."""
+        moving = [k for k, x in enumerate(xs) if jnp.issubdtype(x.dtype, jnp.floating)]
 
-    got, want = jax.jit(both, compiler_options=FAST)(w.a, w.b, xs)
-    loose = 5e-2 if any(view.name == "bfloat16" for view in through) else 2e-5
-    top = max(np.abs(y).max() for y in jax.tree.leaves(want[1]))
-    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert x.shape == y.shape and x.dtype == y.dtype
-        np.testing.assert_allclose(x, y, rtol=0, atol=loose * max(np.abs(y).max(), top / 10))
-    if not merges and all(view.even for view in through):
-        merged = pj.explain(fn, {"w": w}, *xs).merged
-        assert not merged, merged
+        def value(a, b, moved):
+            given = list(xs)
+            for k, x in zip(moving, moved):
+                given[k] = x
+            return f({"w": tree(self.w.replace(a=a, b=b))}, *given)
+
+        y, back = jax.vjp(value, a, b, [xs[k] for k in moving])
+        return y, back(numbers(*y.shape, seed=1))
+
+    def both(self, a, b, xs):
+        return self.run(pj.wrap(self.of), lambda w: w, a, b, xs), self.run(self.of, oracle, a, b, xs)
+
+
+def agree(uses):
+    """The uses, and their gradients, are those of the dense array."""
+    arrays = [(use.w.a, use.w.b, use.xs) for use in uses]
+    found = jax.jit(lambda arrays: [use.both(*x) for use, x in zip(uses, arrays)], compiler_options=FAST)(arrays)
+    for use, (got, want) in zip(uses, found, strict=True):
+        loose = 5e-2 if any(view.name == "bfloat16" for view in use.through) else 2e-5
+        top = max(np.abs(y).max() for y in jax.tree.leaves(want[1]))
+        for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            assert x.shape == y.shape and x.dtype == y.dtype, use
+            np.testing.assert_allclose(x, y, rtol=0, atol=loose * max(np.abs(y).max(), top / 10), err_msg=str(use))
+        if not use.merges and all(view.even for view in use.through):
+            merged = pj.explain(use.of, {"w": use.w}, *use.xs).merged
+            assert not merged, (use, merged)
 
 
 def numbers(*shape, seed=2):
@@ -249,7 +273,7 @@ def test_dot_general(w, through, x, mine, other, left):
     def use(w, x):
         return lax.dot_general(w, x, pair(mine, other)) if left else lax.dot_general(x, w, pair(other, mine))
 
-    agree(w, through, use, x, merges=False)
+    return Use(w, through, use, (x,), merges=False)
 
 
 @st.composite
@@ -270,7 +294,7 @@ def einsums(draw):
 
 @examples(180, einsums, parts=2)
 def test_einsum(w, through, x, spec, left):
-    agree(w, through, lambda w, x: jnp.einsum(spec, *((w, x) if left else (x, w))), x, merges=False)
+    return Use(w, through, lambda w, x: jnp.einsum(spec, *((w, x) if left else (x, w))), (x,), merges=False)
 
 
 # Convolutions
@@ -317,7 +341,7 @@ def convolutions(draw):
 
 @examples(300, convolutions, parts=4)
 def test_conv_general_dilated(w, through, conv, x, natural):
-    agree(w, through, conv, x, merges=not natural)
+    return Use(w, through, conv, (x,), merges=not natural)
 
 
 # Lookups
@@ -335,7 +359,7 @@ def lookups(draw):
 
 @examples(120, lookups, parts=2)
 def test_take_along_one_axis(w, through, axis, ids, mode):
-    agree(w, through, lambda w, ids: jnp.take(w, ids, axis=axis, mode=mode), ids)
+    return Use(w, through, lambda w, ids: jnp.take(w, ids, axis=axis, mode=mode), (ids,))
 
 
 @st.composite
@@ -349,4 +373,4 @@ def rowed(draw):
 
 @examples(100, rowed)
 def test_ragged_dot(w, x, counts, natural):
-    agree(w, [], lambda w, x, counts: lax.ragged_dot(x, w, counts), x, counts, merges=not natural)
+    return Use(w, [], lambda w, x, counts: lax.ragged_dot(x, w, counts), (x, counts), merges=not natural)
