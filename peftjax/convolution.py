@@ -7,10 +7,11 @@ from typing import Any, Callable, Sequence
 import jax.numpy as jnp
 from jax import lax
 
-from peftjax.factored import Factor, Term, Weight, chain
+from peftjax.factored import Factor, Term, chain
 from peftjax.outputs import Run, dropped, split_terms, summed
 from peftjax.sides import between, outside, shared, sides
 from peftjax.views import Split
+from peftjax.weight import Weight
 
 
 def convolution(eqn: Any, operands: Sequence[Any], run: Run) -> list[Any] | None:

@@ -10,10 +10,10 @@ import jax
 from peftjax import compat
 from peftjax.call import Call
 from peftjax.evaluator import LIVE, Evaluator, Event
-from peftjax.factored import expand
 from peftjax.hooked import carried
 from peftjax.overlay import Output, Table, is_overlay, layers, type_of
 from peftjax.streams import streams
+from peftjax.weight import expand
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -7,9 +7,9 @@ from typing import Any, Mapping, Sequence
 from jax.extend import core as jex
 
 from peftjax import compat, hooks, regions, rules, tables
-from peftjax.factored import Weight, dense
 from peftjax.hooked import HOOKED, Hook, Pending, Rows, inner, is_marked
 from peftjax.streams import Key
+from peftjax.weight import Weight, dense
 
 LIVE = (Weight, *HOOKED)
 

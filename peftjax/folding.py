@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from peftjax import compat
-from peftjax.factored import Weight, dense
+from peftjax.weight import Weight, dense
 
 
 def can_fold(w: Weight, x: Any) -> bool:

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 
-from peftjax.factored import Factor, expand
+from peftjax.factored import Factor
 from peftjax.overlay import Output, Overlay, Table, layers
 from peftjax.views import Edit, Layout
+from peftjax.weight import expand
 
 C = TypeVar("C", bound=type)
 

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from jax.extend import core as jex
 
 from peftjax import pending, tables
-from peftjax.factored import Weight
 from peftjax.hooked import Hook, Made, Param, Pending, Rows, inner, position, where
 from peftjax.pending import views_of_output
 from peftjax.site import Site
 from peftjax.views import Cut, DynamicCut, Layout, Reverse, follow
+from peftjax.weight import Weight
 
 ELEMENTWISE = set(
     "mul add sub div max min neg exp log abs sqrt rsqrt integer_pow pow square tanh logistic clamp select_n sign round".split()

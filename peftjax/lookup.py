@@ -5,10 +5,11 @@ from typing import Any, Sequence
 import jax.numpy as jnp
 from jax import lax
 
-from peftjax.factored import Factor, Term, Weight, chain, wide_dtype
+from peftjax.factored import Factor, Term, chain, wide_dtype
 from peftjax.outputs import Run, split_terms, summed
 from peftjax.picks import Pick
 from peftjax.sides import outside, shared
+from peftjax.weight import Weight
 
 
 def lookup(eqn: Any, operands: Sequence[Any], run: Run) -> list[Any] | None:

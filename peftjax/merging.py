@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from peftjax import compat
-from peftjax.factored import materialise
 from peftjax.flat import not_finite
 from peftjax.overlay import Overlay, layers
 from peftjax.paths import flatten
 from peftjax.switches import with_key
 from peftjax.tree import entries, map_leaves, resolve
+from peftjax.weight import materialise
 
 
 class Rounding(NamedTuple):

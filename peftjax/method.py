@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from peftjax import sharding
-from peftjax.factored import materialise
 from peftjax.flat import unique
 from peftjax.overlay import is_overlay, layers, type_of
 from peftjax.paths import flatten, path_of
 from peftjax.roles import Role, Roles
 from peftjax.targets import Targets, check_patterns, choose
+from peftjax.weight import materialise
 
 P = ParamSpec("P")
 Init = Callable[[jax.Array, Any, Roles | None], Any]

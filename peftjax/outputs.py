@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from peftjax import compat
-from peftjax.factored import Term, Weight
+from peftjax.factored import Term
+from peftjax.weight import Weight
 
 Run = Callable[[Any, Sequence[Any]], list[Any]]
 Rule = Callable[[Any, Sequence[Any], Run], list[Any] | None]

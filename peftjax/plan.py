@@ -185,7 +185,9 @@ def cost(step: TrainStep, state: TrainState, batch: Any, name: str = "") -> Cost
     try:
         compiled = step.lower(state, batch).compile()
     except jax.errors.JaxRuntimeError as error:
-        refused: dict[str, Any] = dict(arguments=None, temporaries=None, outputs=None, cycles=0, cycles_once=0, collectives={})
+        refused: dict[str, Any] = dict(
+            arguments=None, temporaries=None, outputs=None, cycles=0, cycles_once=0, collectives={}
+        )
         return Cost(**known, **refused, seconds=time.perf_counter() - begun, error=str(error).split("\n\n")[0])
     memory, program = compiled.memory_analysis(), Program(compiled.as_text())
     return Cost(

@@ -6,10 +6,11 @@ from typing import Any, Sequence
 import jax.numpy as jnp
 from jax import lax
 
-from peftjax.factored import Factor, Term, Weight, chain, pair
+from peftjax.factored import Factor, Term, chain, pair
 from peftjax.outputs import Run, dropped, split_terms, summed
 from peftjax.sides import outside, shared
 from peftjax.views import only
+from peftjax.weight import Weight
 
 
 def ragged(eqn: Any, operands: Sequence[Any], run: Run) -> list[Any] | None:

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from peftjax.convolution import convolution
-from peftjax.factored import Factor, Term, Weight, chain, dense
+from peftjax.factored import Factor, Term, chain
 from peftjax.folding import can_fold, folded
 from peftjax.lookup import lookup
 from peftjax.outputs import Rule, Run, dropped, split_terms, summed
 from peftjax.ragged import ragged
 from peftjax.sides import between, outside, shared, sides
 from peftjax.views import follow
+from peftjax.weight import Weight, dense
 
 
 def act(eqn: Any, operands: Sequence[Any], run: Run) -> list[Any] | None:

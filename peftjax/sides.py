@@ -6,7 +6,8 @@ import operator
 from typing import Any, Callable, Collection, Sequence
 
 from peftjax import compat
-from peftjax.factored import Factor, Labels, Term, Weight, wide_dtype
+from peftjax.factored import Factor, Labels, Term, wide_dtype
+from peftjax.weight import Weight
 
 Sides = tuple[tuple[Factor, ...], tuple[Factor, ...]]
 

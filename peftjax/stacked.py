@@ -5,8 +5,9 @@ from typing import Any, Callable, Sequence
 
 import jax.numpy as jnp
 
-from peftjax.factored import Factor, Term, Weight
+from peftjax.factored import Factor, Term
 from peftjax.hooked import Carried, Hook, Param, Rows
+from peftjax.weight import Weight
 
 Rebuild = Callable[[Any], Any]
 

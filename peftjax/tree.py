@@ -4,9 +4,9 @@ from typing import Any, Callable, NamedTuple
 
 import jax
 
-from peftjax.factored import materialise
 from peftjax.overlay import Overlay, Ref, is_overlay, layers
 from peftjax.paths import flatten, path_of
+from peftjax.weight import materialise
 
 
 class Entry(NamedTuple):

@@ -6,7 +6,6 @@ from typing import Any, Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from peftjax.factored import materialise
 from peftjax.interop.base import Base, regex
 from peftjax.interop.config import Option
 from peftjax.interop.layout import layout, whole
@@ -17,6 +16,7 @@ from peftjax.method import Method
 from peftjax.methods.unfreeze import Full, unfreeze
 from peftjax.overlay import Overlay, layers
 from peftjax.paths import flatten
+from peftjax.weight import materialise
 
 HEADS = ("classifier", "score")
 # Peft saves these with their updates, lest the vocabulary was extended.

@@ -6,13 +6,14 @@ from typing import Any, Mapping, Sequence
 import jax.numpy as jnp
 from jax import lax
 
-from peftjax.factored import Factor, Term, chain, materialise, scaled
+from peftjax.factored import Factor, Term, chain, scaled
 from peftjax.lowrank import INITS, checked, layered, replaced
 from peftjax.method import Leaf, Method, check_known, method, per_leaf
 from peftjax.norms import changed_norm, norm
 from peftjax.overlay import Overlay, atoms, frozen, is_overlay, overlay, static, trained
 from peftjax.switches import with_key
 from peftjax.targets import Targets, pattern_value
+from peftjax.weight import materialise
 
 
 @overlay

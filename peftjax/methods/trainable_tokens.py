@@ -6,13 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from peftjax import compat
-from peftjax.factored import Factor, Term, materialise
+from peftjax.factored import Factor, Term
 from peftjax.method import Leaf, Method, method, per_leaf
 from peftjax.overlay import Overlay, atoms, frozen, overlay, static, trained
 from peftjax.picks import Pick
 from peftjax.roles import Roles
 from peftjax.targets import Targets
 from peftjax.token_table import words
+from peftjax.weight import materialise
 
 
 @overlay
