@@ -40,7 +40,8 @@ from peftjax.methods.oft import OFT
 from peftjax.methods.trainable_tokens import Tokens
 from peftjax.methods.unfreeze import Full
 from peftjax.methods.vera import VeRA
-from peftjax.overlay import Output, is_overlay, layers
+from peftjax.overlay import Output, Table, is_overlay, layers
+from peftjax import token_insert
 from peftjax.paths import flatten
 from peftjax.targets import choose
 from peftjax.tree import map_layers, resolve
@@ -75,11 +76,18 @@ class Row:
       make: the method for a model.
       refuses: a regex of the error by which the method refuses a model, or None where it applies.
       without: the laws that say nothing of this method.
+      run: what runs a model on its trees.
     """
 
     make: Callable[[Model], pj.Method]
     refuses: Callable[[Model], str | None] = lambda model: None
     without: frozenset[int] = frozenset()
+    run: Callable[[Any], Any] = pj.wrap
+
+    @property
+    def virtual(self) -> bool:
+        """Whether it has virtual tokens."""
+        return self.run is not pj.wrap
 
 
 def _lora(**options: Any) -> Row:
@@ -152,6 +160,18 @@ def _not_a_table(model: Model) -> str | None:
     return None if isinstance(_tables(model), tuple) else "expected a table"
 
 
+def _with_tokens(make: Callable[[Model], pj.Method], without: frozenset[int]) -> Row:
+    """A method with virtual tokens, on models that take ids, a mask and positions."""
+    refuses = lambda m: None if "tokens" in m.tags else r"^(prompt|p_tuning|prefix|wrap_tokens)\b"
+    run = lambda fn: pj.wrap_tokens(fn, ids="0", mask="1", positions="2")
+    return Row(make, refuses, without, run)
+
+
+def _words(model: Model) -> str | None:
+    """The table of words, where there are several."""
+    return next((path for path in model.axes if path in ("words/embedding", "embed/embedding")), None)
+
+
 METHODS: dict[str, Row] = {
     "lora": _lora(),
     "rslora": _lora(rslora=True),
@@ -197,6 +217,11 @@ METHODS: dict[str, Row] = {
     "oft_shared": Row(lambda m: pj.oft(rank=2, share=True, eps=0.2, targets=m.targets)),
     "lokr": Row(lambda m: pj.lokr(rank=1, alpha=3, decompose_both=True, tucker=True, targets=m.targets)),
     "lokr_whole": Row(lambda m: pj.lokr(rank=9, alpha=27, outer="w2", targets=m.targets)),
+    # A prompt's ids matter; no array stands for a prefix: their tests have real keys, values, embeddings, and gradients.
+    "prompt": _with_tokens(lambda m: pj.prompt(2, targets=_words(m)), frozenset({3, 12})),
+    "p_tuning": _with_tokens(lambda m: pj.p_tuning(2, 4, targets=_words(m)), frozenset({3, 12})),
+    "prefix": _with_tokens(lambda m: pj.prefix(2), NO_ARRAY),
+    "prefix_network": _with_tokens(lambda m: pj.prefix(2, hidden=3), NO_ARRAY),
 }
 
 
@@ -342,17 +367,17 @@ ORACLES: dict[type, Callable[[Any, Any], Any]] = {
 def oracle(tuned: Any) -> Any:
     """The tree with dense float32 arrays in the place of overlays, and of everything narrower than float32.
 
-    An overlay of outputs, for which no array stands, is laid on what it has below and above it.
+    An overlay of outputs or of a table's rows, for which no array stands, is laid on what it has below and above it.
     """
 
     def below(x: Any) -> Any:
         if not is_overlay(x):
             return widened(x)
-        return below(x.base) if isinstance(x, Output) else ORACLES[type(x)](x, below(x.base))
+        return below(x.base) if isinstance(x, (Output, Table)) else ORACLES[type(x)](x, below(x.base))
 
     def leaf(x: Any) -> Any:
         dense = below(x)
-        for output in reversed([o for o in layers(x) if isinstance(o, Output)]):
+        for output in reversed([o for o in layers(x) if isinstance(o, (Output, Table))]):
             dense = output.replace(base=dense)
         return dense
 
@@ -421,7 +446,7 @@ def case(method: str, model: str) -> Case:
         traces.append(None)
         return fn(params, *args)
 
-    made, apply = METHODS[method].make(row), pj.wrap(counted)
+    made, apply = METHODS[method].make(row), METHODS[method].run(counted)
     fresh = made.init(KEY, params, roles)
     step = jit(stepping(row, lambda t, f, *args: apply(pj.combine(t, f), *args)), row)
     return Case(made, row, fn, apply, params, args, roles, fresh, moved(fresh, 0), step, traces)
@@ -513,9 +538,10 @@ FLAT = frozenset({("ia3", "weight_norm")})
 
 
 def law_1(method: str, model: str) -> None:
-    """A fresh overlay changes nothing: exactly, or nearly where the method says so."""
+    """A fresh overlay changes nothing: exactly, or nearly where the method says so; virtual tokens, where disabled."""
     it, (fn, _, _, plain) = case(method, model), _base(model)
-    close(it.run(it.fresh)[0], plain(it.params, *it.args), it.between, "identity at init, jitted")
+    start = pj.disable(it.fresh) if METHODS[method].virtual else it.fresh
+    close(it.run(start)[0], plain(it.params, *it.args), it.between, "identity at init, jitted")
     if "state" in it.model.tags:
         whole(it.apply(it.fresh, *it.args), it.fresh)
     if it.method.identity_at_init:
@@ -755,6 +781,19 @@ def law_11(method: str, model: str) -> None:
         pj.merge(_with_nan(it.tuned))
 
 
+def law_12(method: str, model: str) -> None:
+    """What stands at a prefix's positions does not matter."""
+    it = case(method, model)
+    want, before = it.run(it.tuned), token_insert.FILLER
+    apply = METHODS[method].run(it.fn)
+    step = jit(stepping(it.model, lambda t, f, *args: apply(pj.combine(t, f), *args)), it.model)
+    try:
+        token_insert.FILLER = 6
+        close(step(*pj.partition(it.tuned), *it.args), want, 1e-6, "other ids at virtual positions")
+    finally:
+        token_insert.FILLER = before
+
+
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
@@ -766,7 +805,7 @@ def _with_nan(tuned: Any) -> Any:
     return pj.combine(jax.tree.map(lambda x: jnp.asarray(np.full(x.shape, np.nan, x.dtype)), trainable), frozen)
 
 
-LAWS: dict[int, Callable[[str, str], None]] = {n: globals()[f"law_{n}"] for n in range(1, 12)}
+LAWS: dict[int, Callable[[str, str], None]] = {n: globals()[f"law_{n}"] for n in range(1, 13)}
 
 # What a law cannot be asked of: ordered prints, in a batch or on several devices, and a program that picks its devices.
 OUT_OF_SCOPE: dict[int, frozenset[str]] = {9: frozenset({"effects"}), 10: frozenset({"effects", "shard_map"})}
@@ -783,7 +822,12 @@ BEYOND_JAX: dict[int, frozenset[str]] = {
 def applies(law: int, method: str, model: str) -> bool:
     """Whether a law says anything of a method on a model."""
     said = not OUT_OF_SCOPE.get(law, frozenset()) & MODELS[model].tags and model not in BEYOND_JAX.get(law, ())
-    return said and law not in METHODS[method].without
+    return said and says(law, method)
+
+
+def says(law: int, method: str) -> bool:
+    """Whether a law says anything of a method."""
+    return law not in METHODS[method].without and (law != 12 or METHODS[method].virtual)
 
 
 def refusal(method: str, model: str) -> str | None:
@@ -793,7 +837,7 @@ def refusal(method: str, model: str) -> str | None:
 
 def usual(method: str) -> str:
     """The model on which to try what says something of a method alone: a small one that it can tune."""
-    return next(model for model in ("linen_mlp", "linen_scan") if refusal(method, model) is None)
+    return next(model for model in ("linen_mlp", "linen_scan", "decoder") if refusal(method, model) is None)
 
 
 def cover() -> list[tuple[str, str]]:
@@ -808,6 +852,7 @@ def cover() -> list[tuple[str, str]]:
         for method in dict.fromkeys((able[0], whole) if METHODS[able[0]].without else able[:1]):
             uses[method] += 1
             pairs.append((method, model))
+    pairs += [(method, usual(method)) for method, count in uses.items() if not count]  # more of them than of models
     return pairs
 
 

@@ -114,7 +114,8 @@ class Model(nn.Module):
                 Block(self.causal, name="layers"), x, None
             )[0]
         for i in range(DEPTH):
-            x = (nn.remat(Block) if self.lift == "remat" else Block)(self.causal, name=f"layers_{i}")(x, mask)
+            lifted = {"remat": nn.remat, "jit": nn.jit}.get(self.lift, lambda module: module)
+            x = lifted(Block)(self.causal, name=f"layers_{i}")(x, mask)
         return x
 
 
@@ -163,6 +164,7 @@ BUILDERS = {
     "linen": linen,
     "linen_scan": functools.partial(linen, lift="scan"),
     "linen_remat": functools.partial(linen, lift="remat"),
+    "linen_jit": functools.partial(linen, lift="jit"),
     "nnx": of_nnx,
 }
 
@@ -247,16 +249,25 @@ METHODS = {
 }
 
 
-def tuned_plain(kind, causal=True):
-    fn, params = plain(causal)
+LIFTED = ("plain", "scan_bias", "scan_remat", "linen", "linen_scan", "linen_remat", "linen_jit", "nnx")
+
+
+def rarely(names, usual=("plain", "linen_scan", "nnx")):
+    """These, most of them only with `-m full`."""
+    return [name if name in usual else pytest.param(name, marks=pytest.mark.full) for name in names]
+
+
+def tuned_plain(kind, causal=True, name="plain"):
+    fn, params = BUILDERS[name](causal)
     apply, tuned = pj.attach(METHODS[kind], fn, params, IDS, MASK, key=KEY, tokens={})
     return fn, params, apply, tuned
 
 
+@pytest.mark.parametrize("name", rarely(LIFTED))
 @pytest.mark.parametrize("kind", METHODS)
-def test_the_laws_of_trees(kind, tmp_path):
+def test_the_laws_of_trees(kind, name, tmp_path):
     """Stripping, the flat and the saved form, one trace, what moves, merging, and folding."""
-    fn, params, _, fresh = tuned_plain(kind)
+    fn, params, _, fresh = tuned_plain(kind, name=name)
     tuned = drawn(fresh)
     assert all(x is y for x, y in zip(jax.tree.leaves(pj.strip(tuned)), jax.tree.leaves(params), strict=True))
     traces = []
@@ -276,20 +287,40 @@ def test_the_laws_of_trees(kind, tmp_path):
     pj.save(tmp_path / "adapter", tuned, METHODS[kind], pj.roles(fn, params, IDS, MASK))
     loaded = pj.load(tmp_path / "adapter", params)
     np.testing.assert_array_equal(run(loaded), outs[0])
-    with pytest.raises(ValueError, match=f"{'key/kernel' if 'prefix' in kind else 'words'} .*settle"):
+    with pytest.raises(ValueError, match=f"{'key/(kernel|bias)' if 'prefix' in kind else 'words'} .*settle"):
         pj.merge(tuned)
     if kind in ("p_tuning", "deep_prefix"):
         folded = pj.fold(tuned)
         close(run(folded), outs[0])
-        assert len(pj.extract(folded)) == (1 if kind == "p_tuning" else 2 * DEPTH)
+        assert len(pj.extract(folded)) == (1 if kind == "p_tuning" else 2 if "scan" in name else 2 * DEPTH)
     else:
         with pytest.raises(ValueError, match="no overlay has a network"):
             pj.fold(tuned)
 
 
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+@pytest.mark.parametrize("name", LIFTED)
+def test_gradients_are_those_of_real_rows(name, kind):
+    fn, params, apply, tuned = tuned_plain(kind, name=name)
+    trainable, frozen = pj.partition(drawn(tuned))
+    weigh = np.random.default_rng(0).standard_normal((2, 5, D)).astype(np.float32) * MASK[..., None]
+    got = jax.jit(jax.grad(lambda t: (apply(pj.combine(t, frozen), IDS, MASK) * weigh).sum()))(trainable)
+
+    def loss(flat):
+        tree = pj.insert(drawn(tuned), flat)
+        given = {"prefixes": prefixes_of(tree, "bias" in name)} if kind == "prefix" else {"rows": flat["words/prompt"]}
+        return (reference(weights("bias" in name), IDS, MASK, True, **given) * weigh).sum()
+
+    want = jax.grad(loss)(pj.extract(drawn(tuned)))
+    top = max(float(jnp.abs(x).max()) for x in want.values())
+    for key, x in pj.extract(pj.combine(got, frozen)).items():
+        np.testing.assert_allclose(x, want[key], atol=1e-5 * top, err_msg=key)
+
+
+@pytest.mark.parametrize("name", rarely(LIFTED, ("plain",)))
 @pytest.mark.parametrize("kind", METHODS)
-def test_many_adapters_in_one_batch_and_eight_devices(kind):
-    fn, params, apply, fresh = tuned_plain(kind)
+def test_many_adapters_in_one_batch_and_eight_devices(kind, name):
+    fn, params, apply, fresh = tuned_plain(kind, name=name)
     trees = [drawn(fresh, seed) for seed in (1, 2)]
     frozen = pj.partition(fresh)[1]
     both = jax.tree.map(lambda *xs: jnp.stack(xs), *(pj.partition(t)[0] for t in trees))
@@ -299,7 +330,7 @@ def test_many_adapters_in_one_batch_and_eight_devices(kind):
         close(got[k][None], apply(tree, IDS[k : k + 1], MASK[k : k + 1]), MASK[k : k + 1])
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "model"))
     place = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
-    split = jax.tree.map(lambda x: place(x, None, "model"), params)
+    split = jax.tree.map(lambda x: place(x, *(None,) * (x.ndim - 1), "model"), params)
     tuned = METHODS[kind].init(KEY, split, pj.roles(fn, params, IDS, MASK))
     close(jax.jit(apply)(drawn(tuned), place(IDS, "data"), place(MASK, "data")), apply(drawn(fresh), IDS, MASK))
     for path, x in flatten(tuned):
