@@ -89,8 +89,8 @@ def within(rules: Rules, mesh: Mesh) -> Rules:
 
     Example:
       >>> mesh = make_mesh("data:1", jax.devices()[:1])
-      >>> [tuple(spec) for _, spec in within([("w", PartitionSpec(("data", "fsdp"), "model"))], mesh)]
-      [(('data',), None)]
+      >>> [tuple(spec) for _, spec in within([("w", PartitionSpec("data", "model"))], mesh)]
+      [('data', None)]
     """
 
     def kept(entry: Any) -> Any:
