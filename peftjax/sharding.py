@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Sequence
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -13,17 +13,17 @@ from peftjax.paths import flatten
 from peftjax.tree import map_leaves, strip
 
 
-class _Misfit(NamedTuple):
-    """A dimension of a field that a mesh does not divide."""
+class Misfit(NamedTuple):
+    """A dimension of an array that a mesh does not divide."""
 
-    field: str
+    name: str
     dim: int
     size: int
     axes: Any
     ways: int
 
     def __str__(self) -> str:
-        return f"{self.field}, axis {self.dim} of {self.size}, over {self.axes!r} in {self.ways}"
+        return f"{self.name}, axis {self.dim} of {self.size}, over {self.axes!r} in {self.ways}"
 
 
 def specs(tuned: Any, base_specs: Any, mesh: Mesh | None = None) -> Any:
@@ -53,16 +53,15 @@ def specs(tuned: Any, base_specs: Any, mesh: Mesh | None = None) -> Any:
       (('data', 'model'), ('data', None), (None, 'model'))
     """
     named = dict(flatten(_spread(base_specs, strip(tuned))))
-    misfits: list[_Misfit] = []
+    misfits: list[Misfit] = []
 
     def placed(path: str, leaf: Any) -> Any:
         if not isinstance(leaf, Overlay):
             return named[path]
-        return _overlay(leaf, _entries(path, named[path], leaf.bottom), path, mesh, misfits)
+        return _overlay(leaf, entries_of(path, named[path], leaf.bottom), path, mesh, misfits)
 
     made = map_leaves(placed, tuned)
-    if misfits:
-        warnings.warn("replicated, for the mesh does not divide them: " + "; ".join(map(str, misfits)), stacklevel=2)
+    tell(misfits, 3)
     return made
 
 
@@ -120,10 +119,10 @@ def _layout(bottom: Any) -> Any:
     sharding = bottom.sharding if isinstance(bottom, jax.Array) else None
     if not isinstance(sharding, NamedSharding) or sharding.num_devices == 1:
         return None
-    return sharding.mesh, _entries("", sharding.spec, bottom), jax.device_put
+    return sharding.mesh, entries_of("", sharding.spec, bottom), jax.device_put
 
 
-def _overlay(x: Any, entries: tuple[Any, ...], path: str, mesh: Any, misfits: list[_Misfit]) -> Any:
+def _overlay(x: Any, entries: tuple[Any, ...], path: str, mesh: Any, misfits: list[Misfit]) -> Any:
     """The overlay with the partition of each of its arrays, and of what it stands on, in their places."""
     if not isinstance(x, Overlay):
         return PartitionSpec(*entries)
@@ -131,7 +130,7 @@ def _overlay(x: Any, entries: tuple[Any, ...], path: str, mesh: Any, misfits: li
     return x.replace(base=below, **_fields(x, entries, path, mesh, misfits))
 
 
-def _fields(x: Overlay, entries: tuple[Any, ...], path: str, mesh: Any, misfits: list[_Misfit]) -> dict[str, Any]:
+def _fields(x: Overlay, entries: tuple[Any, ...], path: str, mesh: Any, misfits: list[Misfit]) -> dict[str, Any]:
     """The partition of each of an overlay's own arrays, by the name of the field."""
     labels = x.labels()
 
@@ -142,27 +141,38 @@ def _fields(x: Overlay, entries: tuple[Any, ...], path: str, mesh: Any, misfits:
     return {name: specs_of(name) for name, kind in x.kinds.items() if kind != "static" and name != "base"}
 
 
-def _field(where: str, x: Any, axes: Any, entries: tuple[Any, ...], mesh: Any, misfits: list[_Misfit]) -> PartitionSpec:
+def _field(where: str, x: Any, axes: Any, entries: tuple[Any, ...], mesh: Any, misfits: list[Misfit]) -> PartitionSpec:
     if axes is None:
         return PartitionSpec()
     if len(axes) != x.ndim:
         raise ValueError(f"{where} has {x.ndim} axes, and its overlay names {len(axes)}: {axes}")
-    wanted = [entries[a[0]] if isinstance(a, tuple) else None for a in axes]
-    for k, entry in enumerate(wanted):
-        ways = _ways(mesh, entry)
+    return fitted(where, x, [entries[a[0]] if isinstance(a, tuple) else None for a in axes], mesh, misfits)
+
+
+def fitted(name: str, x: Any, entries: Sequence[Any], mesh: Any, misfits: list[Misfit]) -> PartitionSpec:
+    """The spec of these entries, one an axis of x; an axis that the mesh does not divide is replicated, and noted."""
+    kept = list(entries)
+    for k, entry in enumerate(entries):
+        ways = math.prod(mesh.shape[axis] for axis in axes_of(entry)) if mesh is not None else 1
         if x.shape[k] % ways:
-            misfits.append(_Misfit(where, k, x.shape[k], entry, ways))
-            wanted[k] = None
-    return PartitionSpec(*wanted)
+            misfits.append(Misfit(name, k, x.shape[k], entry, ways))
+            kept[k] = None
+    return PartitionSpec(*kept)
 
 
-def _ways(mesh: Any, entry: Any) -> int:
-    """Into how many parts an entry of a spec cuts an axis; 1 where no mesh says it."""
-    names = (entry,) if isinstance(entry, str) else entry or ()
-    return math.prod(mesh.shape[name] for name in names) if mesh is not None else 1
+def tell(misfits: Sequence[Misfit], depth: int) -> None:
+    """Warns of what is replicated, as of the caller so many calls above."""
+    if misfits:
+        said = "; ".join(map(str, misfits))
+        warnings.warn(f"replicated, for the mesh does not divide them: {said}", stacklevel=depth)
 
 
-def _entries(path: str, spec: Any, base: Any) -> tuple[Any, ...]:
+def axes_of(entry: Any) -> tuple[str, ...]:
+    """The axes of a mesh that an entry of a spec names."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
+def entries_of(path: str, spec: Any, base: Any) -> tuple[Any, ...]:
     """The entries of a spec, one an axis of its array."""
     if len(spec) > base.ndim:
         raise ValueError(f"{path}: {spec} has {len(spec)} entries, expected at most {base.ndim}, for {base.shape}")

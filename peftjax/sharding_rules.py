@@ -3,7 +3,6 @@
 import math
 import re
 import sys
-import warnings
 from typing import Any, Mapping, Sequence
 
 import jax
@@ -12,6 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from peftjax.flat import near
 from peftjax.paths import flatten, path_of
+from peftjax.sharding import Misfit, axes_of, entries_of, fitted, tell
 
 NNX_NAMES = ("out_sharding", "sharding_names", "sharding")  # by age of Flax, the newest first
 Rules = Sequence[tuple[str, PartitionSpec]]
@@ -162,28 +162,18 @@ def _named(name: Any, mesh: Mesh, axes: Mapping[str, Any]) -> Any:
 
 
 def _check_axes(where: str, spec: PartitionSpec, mesh: Mesh) -> None:
-    used = [name for entry in spec for name in ((entry,) if isinstance(entry, str) else entry or ())]
+    used = [name for entry in spec for name in axes_of(entry)]
     if unknown := [name for name in used if name not in mesh.axis_names]:
         raise ValueError(f"{where}: the mesh has no axis {unknown[0]!r}; expected one of {', '.join(mesh.axis_names)}")
 
 
 def _fitting(specs: Sequence[PartitionSpec], params: Any, mesh: Mesh) -> Any:
-    """The specs in the place of arrays; an axis that the mesh does not divide is replicated, and said so."""
-    misfits: list[str] = []
+    """The specs in the place of arrays, as far as the mesh divides these."""
+    misfits: list[Misfit] = []
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
-    made = [_fitted(path_of(where), x, spec, mesh, misfits) for (where, x), spec in zip(leaves, specs, strict=True)]
-    if misfits:
-        warnings.warn("replicated, for the mesh does not divide them: " + "; ".join(misfits), stacklevel=3)
+    made = []
+    for (where, x), spec in zip(leaves, specs, strict=True):
+        path = path_of(where)
+        made.append(fitted(path, x, entries_of(path, spec, x)[: len(spec)], mesh, misfits))
+    tell(misfits, 4)
     return jax.tree.unflatten(tree, made)
-
-
-def _fitted(path: str, x: Any, spec: PartitionSpec, mesh: Mesh, misfits: list[str]) -> PartitionSpec:
-    if len(spec) > len(x.shape):
-        raise ValueError(f"{path}: {spec} has {len(spec)} entries, expected at most {len(x.shape)}, for {x.shape}")
-    entries = list(spec)
-    for k, entry in enumerate(entries):
-        ways = math.prod(mesh.shape[name] for name in ((entry,) if isinstance(entry, str) else entry or ()))
-        if x.shape[k] % ways:
-            misfits.append(f"{path}, axis {k} of {x.shape[k]}, over {entry!r} in {ways}")
-            entries[k] = None
-    return PartitionSpec(*entries)
