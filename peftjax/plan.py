@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import importlib
 import json
+import math
 import os
 import re
 import sys
@@ -127,9 +128,7 @@ def devices(topology: str) -> list[Any]:
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", topology)
     if found is None or found[1] not in SLICES:
         raise ValueError(f"topology {topology!r}: expected local, or a slice such as v5e:2x4 ({', '.join(SLICES)})")
-    chips = 1
-    for n in found[2].split("x"):
-        chips *= int(n)
+    chips = math.prod(map(int, found[2].split("x")))
     # Without these, the compiler asks a metadata server that is not there which machine it is on.
     here = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
     for name, value in {**here, "TPU_ACCELERATOR_TYPE": SLICES[found[1]].format(2 * chips, chips)}.items():

@@ -70,7 +70,9 @@ class Runs:
             raise ValueError(
                 f"{self.folder} holds other files ({', '.join(odd[:3])}); expected a folder of checkpoints alone"
             )
-        self.method, self.roles, self.metric, self.settings = method, roles, metric, dict(settings or {})
+        self.metric = metric
+        made = {"method": method.to_dict(), "roles": roles and roles.to_dict(), "settings": dict(settings or {})}
+        self._made = {"format": FORMAT, **json.loads(json.dumps(made))}
         self._base: tuple[Any, dict[str, Any]] = (None, {})
         number = lambda metrics: metrics[metric]
         policies = [keep.LatestN(latest)]
@@ -166,14 +168,7 @@ class Runs:
         leaves = jax.tree.leaves(base)
         if self._base[0] is None or any(x is not y for x, y in zip(self._base[0], leaves, strict=True)):
             self._base = (leaves, sums(base))
-        return {
-            "format": FORMAT,
-            "method": json.loads(json.dumps(self.method.to_dict())),
-            "roles": None if self.roles is None else json.loads(json.dumps(self.roles.to_dict())),
-            "settings": json.loads(json.dumps(self.settings)),
-            "base": self._base[1],
-            "arrays": {name: short(x) for name, x in held.items()},
-        }
+        return {**self._made, "base": self._base[1], "arrays": {name: short(x) for name, x in held.items()}}
 
     @staticmethod
     def _compare(where: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
@@ -200,14 +195,14 @@ def _is_ours(name: str) -> bool:
 
 def _held(state: TrainState) -> dict[str, Any]:
     """What a checkpoint holds, by name: what moves, the random key, and the overlays' own frozen arrays."""
-    moving = {name: getattr(state, name) for name in MOVING}
-    named = [(_name(path), x) for path, x in jax.tree_util.tree_leaves_with_path(moving)]
+    named = [(_name(path), x) for path, x in jax.tree_util.tree_leaves_with_path(_moving(state))]
     key = [] if state.key is None else [("key", jax.random.key_data(state.key))]
-    return unique([*named, *key, *((f"frozen/{e.key}", e.value) for e in _own(state))])
+    own = [e for e in entries(state.tuned) if not e.is_base and not e.trains and not e.is_key]
+    return unique([*named, *key, *((f"frozen/{e.key}", e.value) for e in own)])
 
 
-def _own(state: TrainState) -> list[Any]:
-    return [e for e in entries(state.tuned) if not e.is_base and not e.trains and not e.is_key]
+def _moving(state: TrainState) -> dict[str, Any]:
+    return {name: getattr(state, name) for name in MOVING}
 
 
 def _name(path: Any) -> str:
@@ -216,8 +211,7 @@ def _name(path: Any) -> str:
 
 def _filled(state: TrainState, found: Mapping[str, Any]) -> TrainState:
     """The state with the arrays of a checkpoint in the place of its own."""
-    moving = {name: getattr(state, name) for name in MOVING}
-    moving = jax.tree_util.tree_map_with_path(lambda path, _: found[_name(path)], moving)
+    moving = jax.tree_util.tree_map_with_path(lambda path, _: found[_name(path)], _moving(state))
     key = None if state.key is None else jax.random.wrap_key_data(found["key"], impl=jax.random.key_impl(state.key))
     own = (found.get(f"frozen/{e.key}", e.value) for e in entries(state.tuned) if not e.trains)
     frozen = jax.tree.map(lambda _: next(own), state.frozen)

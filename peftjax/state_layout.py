@@ -15,7 +15,9 @@ def abstract(x: Any) -> bool:
 def on(mesh: Mesh, x: Any) -> bool:
     """Whether x, an array or an abstract one, lies on the devices of a mesh."""
     sharding = getattr(x, "sharding", None)
-    return isinstance(sharding, NamedSharding) and sharding.mesh.devices.tolist() == mesh.devices.tolist()
+    if not isinstance(sharding, NamedSharding):
+        return False
+    return sharding.mesh is mesh or sharding.mesh.devices.tolist() == mesh.devices.tolist()
 
 
 def put(x: Any, sharding: NamedSharding) -> Any:

@@ -1,6 +1,8 @@
 """The train step: what moves, what stays, and one compiled function from one state to the next."""
 
 import dataclasses
+import functools
+import math
 from typing import Any, Callable, Sequence
 
 import jax
@@ -209,29 +211,38 @@ class TrainStep:
         self._check(batch)
         return dataclasses.replace(state, frozen=None), state.frozen, self.place(batch)
 
+    @functools.cached_property
+    def _ways(self) -> int:
+        """Over how many devices the examples are split."""
+        return 1 if self.mesh is None else math.prod(self.mesh.shape[name] for name in self.batch_axes)
+
+    @functools.cached_property
+    def _processes(self) -> int:
+        """How many processes give a share of each batch."""
+        return 1 if self.mesh is None else len({d.process_index for d in self.mesh.devices.flat})
+
     def _check(self, batch: Any) -> None:
-        processes = 1 if self.mesh is None else len({d.process_index for d in self.mesh.devices.flat})
-        ways = 1 if self.mesh is None else int(np.prod([self.mesh.shape[name] for name in self.batch_axes], dtype=int))
         for where, x in jax.tree_util.tree_leaves_with_path(batch):
             local = self.mesh is not None and not on(self.mesh, x) and not abstract(x)
-            examples = x.shape[0] * (processes if local else 1) if np.ndim(x) else 0
-            if examples % (self.accumulate * ways):
+            examples = x.shape[0] * (self._processes if local else 1) if np.ndim(x) else 0
+            if examples % (self.accumulate * self._ways):
                 raise ValueError(
                     f"batch{jax.tree_util.keystr(where)} holds {examples} examples, expected a multiple of "
-                    f"{self.accumulate * ways}: {self.accumulate} parts over {ways} devices of the axes {self.batch_axes}"
+                    f"{self.accumulate * self._ways}: {self.accumulate} parts over {self._ways} devices of the axes "
+                    f"{self.batch_axes}"
                 )
 
     def _compiled(self, moving: Any, frozen: Any, batch: Any) -> Any:
         if self.mesh is None:
             return self._jitted.setdefault(None, jax.jit(self.advance, donate_argnums=0))
-        if strays := [x for x in jax.tree.leaves((moving, frozen)) if not on(self.mesh, x)]:
-            raise ValueError(
-                f"{len(strays)} arrays of the state do not lie on the mesh of this step ({self.mesh}); expected a state "
-                "of `train_state(..., mesh=mesh)`"
-            )
-        lies = jax.tree.map(lambda x: x.sharding, (moving, frozen, batch))
+        lies = jax.tree.map(lambda x: getattr(x, "sharding", None), (moving, frozen, batch))
         key = (jax.tree.structure(lies), tuple(jax.tree.leaves(lies)))
         if key not in self._jitted:
+            if strays := [x for x in jax.tree.leaves((moving, frozen)) if not on(self.mesh, x)]:
+                raise ValueError(
+                    f"{len(strays)} arrays of the state do not lie on the mesh of this step ({self.mesh}); expected a "
+                    "state of `train_state(..., mesh=mesh)`"
+                )
             out = (lies[0], None, _whole(self.mesh))
             self._jitted[key] = jax.jit(self.advance, in_shardings=lies, out_shardings=out, donate_argnums=0)
         return self._jitted[key]
