@@ -6,6 +6,7 @@ from typing import Any, Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
+from peftjax.factored import Factor, chain
 from peftjax.interop.base import Base, regex
 from peftjax.interop.config import Option
 from peftjax.interop.layout import layout, whole
@@ -34,9 +35,9 @@ class Extra:
       parts, page, plain: as of a `Format`.
     """
 
-    parts: Mapping[type, Parts]
-    page: Callable[[Sequence[Tuned], Base], dict[str, Any]]
-    plain: Mapping[type, Callable[[Any], Any]]
+    parts: Mapping[type, Parts] = dataclasses.field(default_factory=dict)
+    page: Callable[[Sequence[Tuned], Base], dict[str, Any]] = lambda tuned, base: {}
+    plain: Mapping[type, Callable[[Any], Any]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Format:
       placed: the slots under the names, and in the parts of tensors, that the files have.
       inside: where the tensors of an adapted module lie that are trained themselves.
       only: what `bias` is where the biases of adapted modules train, and no others.
-      extra: what its files hold besides, or None.
+      extra: what its files hold besides.
       begun: a tree that the method has just initialised, as the options have it before tensors fill it.
       restored: the tree as the model needs it, from one that holds a file's tensors.
       stored: the tree that holds what a file's tensors do.
@@ -72,7 +73,7 @@ class Format:
     placed: Callable[[list[Slot], Base, Options], list[Slot]] = lambda slots, base, options: slots
     inside: str = "base_layer"
     only: str = "lora_only"
-    extra: Extra | None = None
+    extra: Extra = Extra()
     begun: Callable[[Any, Options, Base], Any] = lambda tuned, options, base: tuned
     restored: Callable[[Any, Base, Options], Any] = lambda tuned, base, options: tuned
     stored: Callable[[Any, Base], Any] = lambda tuned, base: tuned
@@ -82,7 +83,7 @@ def trained_whole(options: Options, base: Base, kernels: Sequence[Spot]) -> list
     """`modules_to_save` and `bias`: the leaves that are trained themselves."""
     saved = base.saved(options.get("modules_to_save"))
     for spot in saved:
-        if spot.role.op == "embedding" and len(set(spot.role.uses)) > 1:
+        if spot.is_tied:
             raise ValueError(
                 f"modules_to_save names {spot.module}, which this model uses twice, as a table and as its head; peft "
                 "trains a copy for the table alone, and a leaf of a tree is one array for both"
@@ -135,6 +136,18 @@ def copies(options: Options, base: Base, params: Any) -> dict[str, Any]:
         for spot in base.saved(options["modules_to_save"]):
             found |= {spot.of_module(f"{copy}.bias"): None for copy in ("original_module", "modules_to_save")}
     return found
+
+
+def scale_at(x: Any, spot: Spot) -> float:
+    """The scale of an overlay at one place of its leaf's stacked axes."""
+    return float(x.scale[spot.index] if x.scale.ndim else x.scale)
+
+
+def times_scale(x: Any, field: str) -> Any:
+    """A field of an overlay times its scale, which lies along some of the field's axes."""
+    labels = x.labels()
+    factors = (Factor(x.scale, labels["scale"]),)
+    return chain(Factor(getattr(x, field), labels[field]), factors, labels[field], {})
 
 
 def neat(x: float) -> int | float:

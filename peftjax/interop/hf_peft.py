@@ -146,9 +146,8 @@ def _read(folder: Path, params: Any, roles: Roles, names: Names, rope: Rope = No
 
 
 def _slots(tuned: Any, format: Format, base: Base, options: Options) -> list[Slot]:
-    besides = format.extra.parts if format.extra else {}
     whole = full_parts(adapted_modules(tuned, base, format), format.inside)
-    parts = {**format.parts, **besides, Full: whole}
+    parts = {**format.parts, **format.extra.parts, Full: whole}
     return format.placed(slots(tuned, base, parts, format.prefix), base, options)
 
 
@@ -182,8 +181,7 @@ def save(
     base = Base(spots(strip(tuned), roles, names), rope, heads)
     format = _format(tuned)
     tuned = format.stored(tuned, base)
-    extra = format.extra.parts if format.extra else {}
-    plain = {**format.plain, **(format.extra.plain if format.extra else {})}
+    plain = {**format.plain, **format.extra.plain}
     tuned = map_layers(lambda _, x: plain.get(type(x), lambda same: same)(x), tuned)
     if broken := not_finite((e.key, e.value) for e in entries(tuned) if e.trains):
         raise ValueError(f"not saved, for these hold a NaN or an infinity: {', '.join(broken)}. Did training diverge?")
@@ -199,8 +197,7 @@ def save(
             f"peft's files of this method cannot say {', '.join(lost)}: leaves that are trained themselves"
         )
     saved = {key: value for key, value in saved.items() if key in format.options}
-    besides = of(extra)
-    if format.extra and besides:
+    if besides := of(format.extra.parts):
         saved |= format.extra.page(besides, base)
     page = {**format.page(of(format.parts), base), **saved, "task_type": task_type, "inference_mode": True}
     if any(is_conv1d(spot) for spot in base.spots.values() if spot.module in adapted):
@@ -219,8 +216,7 @@ def save(
 
 
 def _holds(format: Format, kinds: set[type]) -> bool:
-    besides = set(format.extra.parts) if format.extra else set()
-    return bool(kinds & set(format.parts)) and kinds <= set(format.parts) | besides
+    return bool(kinds & set(format.parts)) and kinds <= set(format.parts) | set(format.extra.parts)
 
 
 def _format(tuned: Any) -> Format:

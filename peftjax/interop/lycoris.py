@@ -84,8 +84,3 @@ def page(found: Iterable[tuple[str, int, float]], base: Base) -> dict[str, Any]:
         "alpha_pattern": patterns_of(alphas, alpha),
         "target_modules": targets_of(ranks, base.modules),
     }
-
-
-def scale_at(x: Any, spot: Spot) -> float:
-    """The scale of an overlay at one place of its leaf's stacked axes."""
-    return float(x.scale[spot.index] if x.scale.ndim else x.scale)

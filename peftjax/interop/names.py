@@ -36,6 +36,11 @@ class Spot:
         """Whether a module contracts or looks up with it."""
         return self.role.op in ("linear", "conv", "embedding") and {"i", "o"} <= set(self.role.axes)
 
+    @property
+    def is_tied(self) -> bool:
+        """Whether a table is used as the head, too."""
+        return self.role.op == "embedding" and len(set(self.role.uses)) > 1
+
     def of_module(self, last: str) -> str:
         """The name of another tensor of the same module."""
         return f"{self.module}.{last}" if self.module else last

@@ -8,7 +8,7 @@ import numpy as np
 
 from peftjax.interop import config, peft_tokens
 from peftjax.interop.base import Base, regex
-from peftjax.interop.formats import Format, Options, Tuned, copies, trained_whole
+from peftjax.interop.formats import Format, Options, Tuned, copies, scale_at, trained_whole
 from peftjax.interop.match import targets_of
 from peftjax.interop.names import Spot
 from peftjax.interop.slots import Part, constant
@@ -133,7 +133,7 @@ def page(tuned: Sequence[Tuned], base: Base) -> dict[str, Any]:
     held = [(x, spot) for _, x, spots in tuned if isinstance(x, AdaLoRA) for spot in spots]
     rank = constant((x.e.shape[-1] for x, _ in held), "ranks at the start")
     plan = constant((dataclasses.replace(x.plan, owner=None) for x, _ in held), "plans of pruning")
-    scale = constant((float(x.scale[spot.index] if x.scale.ndim else x.scale) for x, spot in held), "scales")
+    scale = constant((scale_at(x, spot) for x, spot in held), "scales")
     if not scale > 0:
         raise ValueError(f"the update's scale is {scale}; peft's AdaLoRA has positive ones alone")
     pattern = {_pattern_name(spot): _ranks(x, spot) for x, spot in held}

@@ -4,7 +4,7 @@ from typing import Any, Iterator, Sequence
 
 from peftjax.interop import lycoris
 from peftjax.interop.base import Base
-from peftjax.interop.formats import Format, Options, Tuned, copies, trained_whole
+from peftjax.interop.formats import Format, Options, Tuned, copies, scale_at, trained_whole
 from peftjax.interop.names import Spot
 from peftjax.interop.slots import Part
 from peftjax.method import Method
@@ -35,7 +35,7 @@ def parts(x: LoHa, spot: Spot) -> Iterator[Part]:
 def page(tuned: Sequence[Tuned], base: Base) -> dict[str, Any]:
     """The configuration of these updates."""
     rank = lambda x: x.w1a.shape[x.labels()["w1a"].index("rank")]
-    found = [(spot.module, rank(x), lycoris.scale_at(x, spot)) for _, x, spots in tuned for spot in spots]
+    found = [(spot.module, rank(x), scale_at(x, spot)) for _, x, spots in tuned for spot in spots]
     return {**lycoris.page(found, base), "peft_type": "LOHA"}
 
 

@@ -6,7 +6,7 @@ from typing import Any, Iterator, Sequence
 
 from peftjax.interop import config, lycoris
 from peftjax.interop.base import Base
-from peftjax.interop.formats import Format, Options, Tuned, copies, trained_whole
+from peftjax.interop.formats import Format, Options, Tuned, copies, scale_at, trained_whole
 from peftjax.interop.layout import window
 from peftjax.interop.names import Spot
 from peftjax.interop.slots import Part, constant
@@ -75,7 +75,7 @@ def page(tuned: Sequence[Tuned], base: Base) -> dict[str, Any]:
     factors = [x for x, spot in held if x.w2 is None and lycoris.wide(spot)]
     both = [x.w1 is None for x, _ in held if x.rank < max(_sides(x)) / 2]
     return {
-        **lycoris.page([(spot.module, x.rank, lycoris.scale_at(x, spot)) for x, spot in held], base),
+        **lycoris.page([(spot.module, x.rank, scale_at(x, spot)) for x, spot in held], base),
         "decompose_factor": constant((x.factor for x, _ in held), "the factors that axes are cut by"),
         "decompose_both": constant(both or [False], "whole and low-rank w1 of modules where both can be: they"),
         "use_effective_conv2d": constant([x.tucker for x in factors] or [False], "cores of convolutions"),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from peftjax.interop import config, peft_tokens
 from peftjax.interop.base import Base, regex
-from peftjax.interop.formats import Format, Options, Tuned, copies, neat, trained_whole
+from peftjax.interop.formats import Format, Options, Tuned, copies, neat, scale_at, trained_whole
 from peftjax.interop.layout import whole, window
 from peftjax.interop.match import pattern_value, patterns_of, targets_of
 from peftjax.interop.names import Spot
@@ -60,7 +60,7 @@ def _check_biases(options: Options, kernels: Sequence[Spot]) -> None:
 
 def uses(spot: Spot) -> tuple[str, ...] | None:
     """Peft updates a table where it is looked up, and not where it is the head as well."""
-    return ("gather",) if spot.role.op == "embedding" and len(set(spot.role.uses)) > 1 else None
+    return ("gather",) if spot.is_tied else None
 
 
 def chosen_layers(spot: Spot, chosen: Sequence[Spot]) -> tuple[int, ...] | None:
@@ -126,7 +126,7 @@ def ranks(tuned: Sequence[Tuned]) -> dict[str, tuple[int, float]]:
         rank = x.a.shape[x.labels()["a"].index("rank")]
         ratio = x.ratio if isinstance(x, DoRA) else 1.0
         for spot in spots:
-            found[spot.module] = (rank, ratio * float(x.scale[spot.index] if x.scale.ndim else x.scale))
+            found[spot.module] = (rank, ratio * scale_at(x, spot))
     return found
 
 
@@ -179,7 +179,7 @@ def page(tuned: Sequence[Tuned], base: Base) -> dict[str, Any]:
 
 def _check_shifts(shifts: Sequence[Tuned], found: dict[str, tuple[int, float]]) -> None:
     """A bias of B is in all modules or in none, with their scale."""
-    scales = {s.module: float(x.scale[s.index] if x.scale.ndim else x.scale) for _, x, spots in shifts for s in spots}
+    scales = {spot.module: scale_at(x, spot) for _, x, spots in shifts for spot in spots}
     if scales and (bare := sorted(set(found) - set(scales))):
         raise ValueError(
             f"LoRA has a bias in {min(scales)} and others, and none in {', '.join(bare)}; peft's files say one"

@@ -82,7 +82,7 @@ def width(spot: Spot) -> int:
             f"{spot.module} is a convolution with a window; peft adds up turned patches where they overlap, which is "
             "another function than what it merges, and no weight. 1 x 1 convolutions and linear layers are read"
         )
-    if spot.role.op == "embedding" and len(set(spot.role.uses)) > 1:
+    if spot.is_tied:
         raise ValueError(f"{spot.module} is table and head in one; peft's OFT acts on the table alone")
     if is_conv1d(spot):
         raise ValueError(

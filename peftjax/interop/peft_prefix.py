@@ -9,7 +9,7 @@ import numpy as np
 from peftjax.interop import config
 from peftjax.interop.attentions import Layer, attentions
 from peftjax.interop.base import Base, regex
-from peftjax.interop.formats import Format, Options, Tuned, trained_whole
+from peftjax.interop.formats import Format, Options, Tuned, times_scale, trained_whole
 from peftjax.interop.names import Spot
 from peftjax.interop.peft_prompt import PREFIX, SEQ2SEQ, SHARED, TENSOR
 from peftjax.interop.slots import Block, Part, Slot, constant
@@ -127,9 +127,7 @@ def _plain(leaf: Any) -> Any:
         x = x.folded()
     if not isinstance(x, Prefix):
         return x
-    lead = len(atoms(x.axes, "sb"))
-    scale = jnp.expand_dims(x.scale, tuple(range(lead, x.prefix.ndim)))
-    return x.replace(prefix=scale * x.prefix, scale=jnp.ones_like(x.scale))
+    return x.replace(prefix=times_scale(x, "prefix"), scale=jnp.ones_like(x.scale))
 
 
 def _check_held(held: Mapping[str, Prefix], found: Sequence[Layer]) -> None:

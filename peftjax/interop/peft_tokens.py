@@ -63,16 +63,12 @@ def _indices(said: Any, base: Base) -> list[tuple[Spot, Ids]]:
     made = [(spot, said[name]) for name, spots in named.items() for spot in spots]
     for name in (name for name, spots in named.items() if not spots):
         # A head that is the table has no weight of its own: the same tokens are the same rows.
-        if not (HEAD.endswith(name) and any(_is_tied(s) and ids == said[name] for s, ids in made)):
+        if not (HEAD.endswith(name) and any(s.is_tied and ids == said[name] for s, ids in made)):
             raise ValueError(
                 f"trainable_token_indices names {name!r}, for which this model has no weight of its own, or other tokens "
                 f"(nearest: {near(name, base.modules)})"
             )
     return made
-
-
-def _is_tied(spot: Spot) -> bool:
-    return spot.role.op == "embedding" and len(set(spot.role.uses)) > 1
 
 
 def _parts(last: str, of_head: bool) -> Parts:
@@ -81,7 +77,7 @@ def _parts(last: str, of_head: bool) -> Parts:
     def parts(x: Tokens, spot: Spot) -> Iterator[Part]:
         order = ("token", "i" if spot.role.axes[x.axis] == "o" else "o")
         yield Part("rows", spot.of_module(last), order)
-        if of_head and _is_tied(spot):
+        if of_head and spot.is_tied:
             yield Part("rows", f"{HEAD}.{last}", order)
 
     return parts

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from peftjax.interop import config
 from peftjax.interop.base import Base, regex
-from peftjax.interop.formats import Format, Options, Tuned, copies, trained_whole
+from peftjax.interop.formats import Format, Options, Tuned, copies, times_scale, trained_whole
 from peftjax.interop.match import targets_of
 from peftjax.interop.names import Spot
 from peftjax.interop.slots import Part, constant
@@ -78,9 +78,7 @@ def page(tuned: Sequence[Tuned], base: Base) -> dict[str, Any]:
 
 def plain(x: VeRA) -> VeRA:
     """The same update with a scale of 1, which is all that peft's files can say."""
-    labels = x.labels()
-    shape = [n if label in labels["scale"] else 1 for n, label in zip(x.b.shape, labels["b"])]
-    return x.replace(b=x.b * x.scale.reshape(shape), scale=jnp.ones_like(x.scale))
+    return x.replace(b=times_scale(x, "b"), scale=jnp.ones_like(x.scale))
 
 
 FORMAT = Format(
