@@ -1,6 +1,5 @@
 """What a compiled program does, read from its text: collectives and the compiler's own cycles, loops counted in full."""
 
-import collections
 import dataclasses
 import functools
 import math
@@ -114,20 +113,28 @@ class Program:
         """The same with the body of every loop counted once."""
         return sum(op.cycles for op, _ in self._runs)
 
-    @property
-    def collectives(self) -> dict[str, Traffic]:
-        """The traffic by kind. The copies of one collective that overlap with other work count once."""
-        counts: collections.Counter[str] = collections.Counter()
-        sizes: collections.Counter[str] = collections.Counter()
-        seen: set[tuple[str, str]] = set()
+    @functools.cached_property
+    def exchanges(self) -> list[tuple[str, int, int]]:
+        """Each collective: its kind, the bytes that it gives on one device, and how often it runs in a step.
+
+        The copies of one collective that overlap with other work count once.
+        """
+        found, seen = list[tuple[str, int, int]](), set[tuple[str, str]]()
         for op, times in self._runs:
             kind = op.opcode.removesuffix("-start")
             if kind not in COLLECTIVES or (op.channel is not None and (kind, op.channel) in seen):
                 continue
             seen.add((kind, op.channel or ""))
-            counts[kind] += times
-            sizes[kind] += times * op.bytes
-        return {kind: Traffic(counts[kind], sizes[kind]) for kind in COLLECTIVES if kind in counts}
+            found.append((kind, op.bytes, times))
+        return found
+
+    @property
+    def collectives(self) -> dict[str, Traffic]:
+        """The traffic by kind."""
+        of = lambda kind: [(size, times) for k, size, times in self.exchanges if k == kind]
+        found = {kind: of(kind) for kind in COLLECTIVES}
+        total = lambda each: Traffic(sum(times for _, times in each), sum(size * times for size, times in each))
+        return {kind: total(each) for kind, each in found.items() if each}
 
 
 def _op(right: str) -> Op:

@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import json
 import pathlib
+import shutil
 import warnings
 
 import jax
@@ -95,6 +97,13 @@ def model(name):
 
     fn = of_two if name in SEQ2SEQ else fn
     return fn, params, pj.roles(fn, params, ids, masks["full"]), ids, masks
+
+
+def repaged(name, adapter, folder, **changes):
+    """A copy of an adapter, in a folder, whose page says otherwise; `...` takes a key out."""
+    shutil.copytree(GOLDEN / name / adapter, folder)
+    page = {**json.loads((folder / "adapter_config.json").read_text()), **changes}
+    (folder / "adapter_config.json").write_text(json.dumps({k: v for k, v in page.items() if v is not ...}))
 
 
 def rotary(name, adapter):

@@ -14,9 +14,10 @@ from golden_models import GOLDEN as FILES
 from golden_models import flax_tree
 from laws import FAST
 from safetensors.numpy import load_file
-from test_flax_models import CASES, built, clip_of_old, transformers  # noqa: F401
+from test_flax_models import CASES, built, clip_of_old, stepping, transformers  # noqa: F401
 
 import peftjax as pj
+from trees import away
 from peftjax.bottleneck import ACTIVATIONS
 from peftjax.paths import flatten
 from peftjax.roles import Norm
@@ -108,15 +109,6 @@ def join(kind, h, r, f, after=lambda s: s):
     if kind == "houlsby":
         return h + hand(h, f) + r
     return h + r + hand(r if "parallel" in kind else after(h + r), f)
-
-
-def away(tuned):
-    """The tree with every trained field away from where it started."""
-    rng = np.random.default_rng(0)
-    return pj.insert(
-        tuned,
-        {k: v + 0.3 * rng.standard_normal(v.shape).astype(np.float32) for k, v in pj.extract(tuned).items()},
-    )
 
 
 def fields(tuned, path):
@@ -523,15 +515,7 @@ def test_on_models_of_transformers(name, kind, clip_of_old):
     fn, params, inputs = built(name)
     method = pj.adapter(kind, bottleneck=2, activation="tanh")
     apply, fresh = pj.attach(method, fn, params, key=jax.random.key(0), **inputs)
-
-    @functools.partial(jax.jit, compiler_options=FAST)
-    def step(trainable, frozen):
-        def loss(trainable):
-            y = apply(pj.combine(trainable, frozen), **inputs)
-            return (y**2).sum(), y
-
-        return jax.grad(loss, has_aux=True)(trainable)
-
+    step = stepping(apply, inputs)
     run = lambda tuned: step(*pj.partition(tuned))
     tuned, want = away(fresh), np.asarray(jax.jit(lambda p: fn(p, **inputs), compiler_options=FAST)(params))
     scale = np.abs(want).max()

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import peftjax as pj
+from trees import away
 from peftjax.paths import flatten
 
 LAYERS, D, HEADS, VOCABULARY = 2, 8, 2, 11
@@ -215,13 +216,6 @@ def wrapped(fn, traces):
     return pj.wrap_tokens(counted)
 
 
-def away(tuned, seed=0):
-    rng = np.random.default_rng(seed)
-    return pj.insert(
-        tuned, {k: v + 0.3 * rng.standard_normal(v.shape).astype(np.float32) for k, v in pj.extract(tuned).items()}
-    )
-
-
 def same(a, b):
     return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
@@ -260,7 +254,7 @@ def test_a_chain_is_all_its_parts(chain, model, tmp_path):
     pj.save(tmp_path / "adapter", tuned, method, roles)
     loaded = pj.load(tmp_path / "adapter", params, method=method)
     assert jax.tree.structure(loaded) == jax.tree.structure(tuned) and same(loaded, tuned)
-    run(away(loaded, 1))
+    run(away(loaded, seed=1))
     assert len(traces) == before
 
 
@@ -276,7 +270,7 @@ def test_what_is_trained_is_locked_under_what_is_new(chain, tmp_path):
     apply = jax.jit(wrapped(fn, []))
     fresh = second.init(jax.random.key(1), pj.lock(old), roles)
     close(apply(fresh, IDS, MASK), apply(old, IDS, MASK))
-    tuned, whole = away(fresh, 1), pj.chain(first, second).init(jax.random.key(0), params, roles)
+    tuned, whole = away(fresh, seed=1), pj.chain(first, second).init(jax.random.key(0), params, roles)
     assert not pj.extract(pj.lock(old)) and set(pj.extract(tuned)) < set(pj.extract(whole))
     # The same arrays in a tree where all train, so that they have names.
     named = pj.extract(jax.tree.unflatten(jax.tree.structure(whole), jax.tree.leaves(tuned)))

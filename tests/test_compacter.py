@@ -7,6 +7,7 @@ import pytest
 import zoo
 
 import peftjax as pj
+from trees import away
 from peftjax.methods.compacter import kronecker
 from peftjax.paths import flatten
 
@@ -28,13 +29,6 @@ def blocks(p, x, join=lambda end, h, r: h + r):
 
 
 PARAMS = {"first": drawn(SHAPES, 2), "second": drawn(SHAPES, 3)}
-
-
-def away(tuned):
-    rng = np.random.default_rng(0)
-    return pj.insert(
-        tuned, {k: v + 0.3 * rng.standard_normal(v.shape).astype(np.float32) for k, v in pj.extract(tuned).items()}
-    )
 
 
 def hand(z, rule, f):

@@ -10,6 +10,7 @@ from laws import FAST
 from zoo import MODELS
 
 import peftjax as pj
+from trees import away
 from peftjax.paths import flatten
 
 transformers = pytest.importorskip("transformers")
@@ -61,13 +62,6 @@ def clip_of_old(monkeypatch):
     clip = jnp.clip
     old = lambda x, a_min=None, a_max=None, **new: clip(x, **(new or {"min": a_min, "max": a_max}))
     monkeypatch.setattr(jnp, "clip", functools.wraps(clip)(old))
-
-
-def away(tuned):
-    """The tree with what trains away from where it starts."""
-    rng = np.random.default_rng(0)
-    shift = lambda x: np.asarray(x) + 0.3 * rng.standard_normal(x.shape).astype(np.float32)
-    return pj.insert(tuned, {k: shift(x) for k, x in pj.extract(tuned).items()})
 
 
 METHODS = {"lora": pj.lora(rank=2, alpha=4), "dora": pj.dora(rank=2, alpha=4)}
@@ -125,6 +119,20 @@ def built(name):
     return lambda params, **inputs: model(**inputs, params=params, train=False)[0], model.params, inputs
 
 
+def stepping(apply, inputs):
+    """`step(trainable, frozen)`, compiled: the gradients of the squared outputs, and the outputs."""
+
+    @functools.partial(jax.jit, compiler_options=FAST)
+    def step(trainable, frozen):
+        def loss(trainable):
+            y = apply(pj.combine(trainable, frozen), **inputs)
+            return (y**2).sum(), y
+
+        return jax.grad(loss, has_aux=True)(trainable)
+
+    return step
+
+
 @pytest.mark.third_party
 @pytest.mark.parametrize(
     "name, method",
@@ -137,14 +145,7 @@ def test_on_models_of_transformers(name, method, clip_of_old):
     apply, fresh = pj.attach(made, fn, params, key=jax.random.key(0), **inputs)
     trainable, frozen = pj.partition(without_constants(away(fresh)) if name[:2] == "T5" else away(fresh))
 
-    @functools.partial(jax.jit, compiler_options=FAST)
-    def step(trainable, frozen):
-        def loss(trainable):
-            y = apply(pj.combine(trainable, frozen), **inputs)
-            return (y**2).sum(), y
-
-        return jax.grad(loss, has_aux=True)(trainable)
-
+    step = stepping(apply, inputs)
     tuned = pj.combine(trainable, frozen)
     run = jax.jit(lambda params: fn(params, **inputs), compiler_options=FAST)
     base, want = run(params), run(as_weights(tuned) if method == "adapter" else pj.merge(tuned))

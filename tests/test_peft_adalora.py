@@ -1,7 +1,6 @@
 """HF peft's AdaLoRA files: pruned ranks, stacked leaves, convolutions, and options that cannot be read."""
 
 import json
-import shutil
 
 import flax.linen as nn
 import golden_models as golden
@@ -158,8 +157,7 @@ DAMAGES = {
 def test_options_that_cannot_be_read_are_one_clear_error(damage, tmp_path):
     changes, message = DAMAGES[damage]
     _, params, roles, _, _ = golden.model("llama")
-    shutil.copytree(PRUNED, tmp_path / "a")
-    (tmp_path / "a" / CONFIG).write_text(json.dumps(read(PRUNED) | changes))
+    golden.repaged("llama", "adalora_pruned", tmp_path / "a", **changes)
     with pytest.raises(ValueError, match=message) as caught:
         hf_peft.load(tmp_path / "a", params, roles)
     assert str(tmp_path) in str(caught.value)
@@ -167,8 +165,7 @@ def test_options_that_cannot_be_read_are_one_clear_error(damage, tmp_path):
 
 def test_a_target_above_the_start_is_read_as_one_that_never_prunes(tmp_path):
     _, params, roles, _, _ = golden.model("llama")
-    shutil.copytree(PRUNED, tmp_path / "a")
-    (tmp_path / "a" / CONFIG).write_text(json.dumps(read(PRUNED) | {"target_r": 8}))
+    golden.repaged("llama", "adalora_pruned", tmp_path / "a", target_r=8)
     tuned = hf_peft.load(tmp_path / "a", params, roles)
     same = hf_peft.load(PRUNED, params, roles)
     for (_, x), (_, y) in zip(pj.extract(tuned).items(), pj.extract(same).items(), strict=True):

@@ -1,7 +1,6 @@
 """Norms trained themselves in Hugging Face peft's files, and the biases of heads beside them."""
 
 import json
-import shutil
 
 import flax.linen as nn
 import golden_models as golden
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import peftjax as pj
 import pytest
+from trees import away
 from peftjax.interop import hf_peft
 from safetensors.numpy import load_file, save_file
 
@@ -17,12 +17,8 @@ pytest.importorskip("transformers")
 pytestmark = pytest.mark.third_party
 
 KEY = jax.random.key(0)
-TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 SHIFT = np.random.default_rng(0)
-
-
-def away(tuned):
-    return pj.insert(tuned, {k: x + np.float32(SHIFT.normal(0, 0.1, x.shape)) for k, x in pj.extract(tuned).items()})
+TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def saved(tuned, roles, folder, **options):
@@ -33,7 +29,7 @@ def saved(tuned, roles, folder, **options):
 def test_the_norms_of_a_model_and_its_head(tmp_path):
     _, params, roles, _, _ = golden.model("bert")
     method = pj.chain(pj.layer_norm(), pj.head())
-    tuned = away(method.init(KEY, params, roles))
+    tuned = away(method.init(KEY, params, roles), by=0.1)
     page, tensors = saved(tuned, roles, tmp_path / "a", task_type="SEQ_CLS")
     assert (page["target_modules"], page["modules_to_save"]) == (["LayerNorm"], ["classifier"])
     assert len(tensors) == 2 * 5 + 2
@@ -44,7 +40,7 @@ def test_the_norms_of_a_model_and_its_head(tmp_path):
 
 def test_what_stays_of_a_norm_is_written_as_the_base_has_it(tmp_path):
     _, params, roles, _, _ = golden.model("bert")
-    tuned = away(pj.unfreeze("bert/embeddings/LayerNorm/scale").init(KEY, params, roles))
+    tuned = away(pj.unfreeze("bert/embeddings/LayerNorm/scale").init(KEY, params, roles), by=0.1)
     page, tensors = saved(tuned, roles, tmp_path / "a")
     assert page["target_modules"] == ["bert.embeddings.LayerNorm"]
     assert len(tensors) == 2 and any(
@@ -70,9 +66,7 @@ def test_leaves_trained_themselves_without_a_norm(tmp_path):
 )
 def test_a_damaged_page(changes, words, tmp_path):
     _, params, roles, _, _ = golden.model("bert")
-    shutil.copytree(golden.GOLDEN / "bert" / "ln", tmp_path / "a")
-    page = json.loads((tmp_path / "a" / CONFIG).read_text())
-    (tmp_path / "a" / CONFIG).write_text(json.dumps({**page, **changes}))
+    golden.repaged("bert", "ln", tmp_path / "a", **changes)
     with pytest.raises(ValueError, match=words) as caught:
         hf_peft.load(tmp_path / "a", params, roles)
     assert str(tmp_path / "a") in str(caught.value)
@@ -90,7 +84,7 @@ def heads():
 def test_the_bias_of_heads_is_one_axis_in_torch(tmp_path):
     fn, params, roles, x = heads()
     method = pj.chain(pj.lora(rank=2, targets=("query",)), pj.unfreeze(("key", "value/bias")))
-    tuned = away(method.init(KEY, params, roles))
+    tuned = away(method.init(KEY, params, roles), by=0.1)
     page, tensors = saved(tuned, roles, tmp_path / "a")
     assert page["modules_to_save"] == ["key", "value"]
     of = lambda name: tensors[f"base_model.model.{name}"]
@@ -111,7 +105,7 @@ def test_the_bias_of_heads_is_one_axis_in_torch(tmp_path):
 def test_the_biases_of_adapted_heads(tmp_path):
     fn, params, roles, x = heads()
     method = pj.chain(pj.lora(rank=2, targets=("query",)), pj.unfreeze(("query/bias",)))
-    tuned = away(method.init(KEY, params, roles))
+    tuned = away(method.init(KEY, params, roles), by=0.1)
     page, tensors = saved(tuned, roles, tmp_path / "a")
     assert page["bias"] == "lora_only"
     np.testing.assert_array_equal(

@@ -1,7 +1,6 @@
 """LoRA whose B has a bias, in Hugging Face peft's files: scales, and what cannot be read or written."""
 
 import json
-import shutil
 
 import golden_models as golden
 import jax
@@ -38,9 +37,7 @@ def test_it_is_the_bias_of_b_and_has_its_scale(tmp_path):
 
 
 def test_a_model_without_biases_has_no_place_for_it(tmp_path):
-    shutil.copytree(golden.GOLDEN / "llama" / "lora", tmp_path / "a")
-    page = json.loads((tmp_path / "a" / CONFIG).read_text())
-    (tmp_path / "a" / CONFIG).write_text(json.dumps({**page, "lora_bias": True}))
+    golden.repaged("llama", "lora", tmp_path / "a", lora_bias=True)
     _, params, roles, _, _ = golden.model("llama")
     with pytest.raises(ValueError, match="added to the bias of a module; model.layers.0.self_attn.q_proj.* have none"):
         hf_peft.load(tmp_path / "a", params, roles)
@@ -56,9 +53,7 @@ def test_a_model_without_biases_has_no_place_for_it(tmp_path):
     ],
 )
 def test_pages_that_do_not_fit(page, message, tmp_path):
-    shutil.copytree(golden.GOLDEN / "bert" / "lora_b_bias", tmp_path / "a")
-    found = json.loads((tmp_path / "a" / CONFIG).read_text())
-    (tmp_path / "a" / CONFIG).write_text(json.dumps({**found, **page}))
+    golden.repaged("bert", "lora_b_bias", tmp_path / "a", **page)
     _, params, roles, _, _ = golden.model("bert")
     with pytest.raises(ValueError, match=message):
         hf_peft.load(tmp_path / "a", params, roles)

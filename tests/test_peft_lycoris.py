@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import peftjax as pj
 import pytest
+from trees import away
 from peftjax.interop import hf_peft
 from safetensors.numpy import load_file
 
@@ -30,12 +31,6 @@ def convolution(window, groups=1):
     return fn, params, pj.roles(fn, params, x), x
 
 
-def away(tuned):
-    rng = np.random.default_rng(0)
-    moved = {k: np.asarray(x) + rng.standard_normal(x.shape).astype(np.float32) for k, x in pj.extract(tuned).items()}
-    return pj.insert(tuned, moved)
-
-
 def change(tuned):
     """What the update adds to the kernel, as torch holds it."""
     merged = np.asarray(pj.merge(tuned)["conv"]["kernel"]) - np.asarray(pj.strip(tuned)["conv"]["kernel"])
@@ -54,7 +49,7 @@ def written(tuned, roles, folder):
 @pytest.mark.parametrize("window,groups", CONVOLUTIONS)
 def test_loha_of_a_convolution_is_written_as_torch_has_it(window, groups, tmp_path):
     _, params, roles, _ = convolution(window, groups)
-    tuned = away(pj.loha(rank=2, alpha=6, targets=("conv",)).init(KEY, params, roles))
+    tuned = away(pj.loha(rank=2, alpha=6, targets=("conv",)).init(KEY, params, roles), by=1.0)
     t, page = written(tuned, roles, tmp_path / "a")
     assert t["hada_w1_a"].shape == (6, 2) and (page["r"], page["alpha"]) == (2, 6)
     delta = 3 * (t["hada_w1_a"] @ t["hada_w1_b"]) * (t["hada_w2_a"] @ t["hada_w2_b"])
@@ -69,7 +64,7 @@ def test_lokr_of_a_convolution_is_written_as_torch_has_it(rank, tucker, window, 
     _, params, roles, _ = convolution(window, groups)
     flat, core, whole = len(window) == 1, tucker and np.prod(window) > 1, rank == 4
     options = dict(tucker=tucker, outer="w2" if flat and whole else "w1", targets=("conv",))
-    tuned = away(pj.lokr(rank=rank, alpha=3, **options).init(KEY, params, roles))
+    tuned = away(pj.lokr(rank=rank, alpha=3, **options).init(KEY, params, roles), by=1.0)
     t, page = written(tuned, roles, tmp_path / "a")
     assert (page["r"], page["alpha"], page["use_effective_conv2d"]) == (rank, 3, bool(core))
     assert (page["decompose_factor"], page["decompose_both"]) == (-1, False)
@@ -124,8 +119,7 @@ def test_cuts_of_several_kinds_are_refused(tmp_path):
 )
 def test_pages_of_lokr_that_do_not_fit(page, message, tmp_path):
     folder = tmp_path / "a"
-    shutil.copytree(golden.GOLDEN / "bert" / "lokr", folder)
-    (folder / CONFIG).write_text(json.dumps({**json.loads((folder / CONFIG).read_text()), **page}))
+    golden.repaged("bert", "lokr", folder, **page)
     _, params, roles, _, _ = golden.model("bert")
     with pytest.raises(ValueError, match=message):
         hf_peft.load(folder, params, roles)
@@ -185,7 +179,7 @@ def test_layers_of_a_stack_that_differ_are_refused(tmp_path):
 
     params = {"w": {"kernel": jnp.ones((2, 4, 4))}}
     roles, names = pj.roles(fn, params, jnp.ones((1, 4))), {"w/kernel": "model.layers.{layer}.w.weight"}
-    tuned = away(pj.loha(rank=2, alpha=6, targets=("w",)).init(KEY, params, roles))
+    tuned = away(pj.loha(rank=2, alpha=6, targets=("w",)).init(KEY, params, roles), by=1.0)
     hf_peft.save(tmp_path / "a", tuned, roles, names)
     jax.tree.map(np.testing.assert_array_equal, hf_peft.load(tmp_path / "a", params, roles, names), tuned)
     page = json.loads((tmp_path / "a" / CONFIG).read_text())

@@ -1,7 +1,6 @@
 """OFT in Hugging Face peft's files: which blocks the options mean, and what cannot be read or written."""
 
 import json
-import shutil
 
 import flax.linen as nn
 import golden_models as golden
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import peftjax as pj
 import pytest
+from trees import away
 from peftjax.interop import hf_peft, peft_oft
 from safetensors.numpy import load_file
 
@@ -17,12 +17,8 @@ pytest.importorskip("transformers")
 pytestmark = pytest.mark.third_party
 
 KEY = jax.random.key(0)
-TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 SHIFT = np.random.default_rng(0)
-
-
-def away(tuned):
-    return pj.insert(tuned, {k: x + np.float32(SHIFT.normal(0, 0.1, x.shape)) for k, x in pj.extract(tuned).items()})
+TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 @pytest.mark.parametrize(
@@ -35,7 +31,7 @@ def test_the_divisor_that_peft_takes(features, wanted, taken):
 
 def test_one_number_of_blocks_for_modules_of_several_widths(tmp_path):
     _, params, roles, _, _ = golden.model("bert")
-    tuned = away(pj.oft(rank=4, targets=("query", "output/dense")).init(KEY, params, roles))
+    tuned = away(pj.oft(rank=4, targets=("query", "output/dense")).init(KEY, params, roles), by=0.1)
     hf_peft.save(tmp_path / "a", tuned, roles)
     page = json.loads((tmp_path / "a" / CONFIG).read_text())
     assert (page["r"], page["oft_block_size"], page["use_cayley_neumann"]) == (4, 0, False)
@@ -46,7 +42,7 @@ def test_a_stack_of_layers_is_written_as_its_modules(tmp_path):
     params = {"layers": {"kernel": jnp.asarray(SHIFT.normal(size=(3, 6, 6)), jnp.float32)}}
     fn = lambda p, x: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["layers"]["kernel"])[0]
     roles, names = pj.roles(fn, params, jnp.ones((2, 6))), {"layers/kernel": "layers.{layer}.weight"}
-    tuned = away(pj.oft(block_size=3, neumann_terms=6, eps=0.3).init(KEY, params, roles))
+    tuned = away(pj.oft(block_size=3, neumann_terms=6, eps=0.3).init(KEY, params, roles), by=0.1)
     hf_peft.save(tmp_path / "a", tuned, roles, names)
     tensor = load_file(tmp_path / "a" / TENSORS)["base_model.model.layers.1.oft_R.weight"]
     np.testing.assert_array_equal(tensor, tuned["layers"]["kernel"].upper[1])
@@ -64,7 +60,7 @@ def convolution(window):
 
 def test_a_convolution_without_a_window(tmp_path):
     params, roles = convolution((1, 1))
-    tuned = away(pj.oft(block_size=2, targets=("conv",)).init(KEY, params, roles))
+    tuned = away(pj.oft(block_size=2, targets=("conv",)).init(KEY, params, roles), by=0.1)
     hf_peft.save(tmp_path / "a", tuned, roles)
     assert load_file(tmp_path / "a" / TENSORS)["base_model.model.conv.oft_R.weight"].shape == (2, 1)
     jax.tree.map(np.testing.assert_array_equal, hf_peft.load(tmp_path / "a", params, roles), tuned)
@@ -125,10 +121,7 @@ def test_what_peft_has_no_file_for(name, tmp_path):
 )
 def test_a_damaged_folder_is_one_clear_error(changes, words, tmp_path):
     _, params, roles, _, _ = golden.model("bert")
-    shutil.copytree(golden.GOLDEN / "bert" / "oft", tmp_path / "a")
-    page = json.loads((tmp_path / "a" / CONFIG).read_text())
-    page = {k: v for k, v in {**page, **changes}.items() if v is not ...}
-    (tmp_path / "a" / CONFIG).write_text(json.dumps(page))
+    golden.repaged("bert", "oft", tmp_path / "a", **changes)
     with pytest.raises(ValueError, match=words) as caught:
         hf_peft.load(tmp_path / "a", params, roles)
     assert str(tmp_path / "a") in str(caught.value)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import peftjax as pj
 import pytest
+from trees import away
 from peftjax.interop import hf_peft
 from safetensors.numpy import load_file, save_file
 
@@ -32,17 +33,9 @@ def layers(n=3):
     return fn, params, pj.roles(fn, params, jnp.ones((2, 4))), names
 
 
-def away(tuned):
-    flat = pj.extract(tuned)
-    rng = np.random.default_rng(0)
-    return pj.insert(
-        tuned, {k: np.asarray(x) + rng.standard_normal(x.shape).astype(np.float32) for k, x in flat.items()}
-    )
-
-
 def test_a_stack_of_layers_is_written_as_its_modules(tmp_path):
     fn, params, roles, names = layers()
-    tuned = away(pj.vera(rank=5, targets=("up", "down")).init(KEY, params, roles))
+    tuned = away(pj.vera(rank=5, targets=("up", "down")).init(KEY, params, roles), by=1.0)
     hf_peft.save(tmp_path / "a", tuned, roles, names)
     tensors, prefix = load_file(tmp_path / "a" / TENSORS), "base_model.model.layers.1.up."
     assert len(tensors) == 2 * 3 * 2 + 2
@@ -58,7 +51,7 @@ def test_a_stack_of_layers_is_written_as_its_modules(tmp_path):
 
 def test_a_scale_is_written_into_the_vectors(tmp_path):
     fn, params, roles, names = layers()
-    tuned = pj.scale(away(pj.vera(rank=5, targets=("up", "down")).init(KEY, params, roles)), 0.5)
+    tuned = pj.scale(away(pj.vera(rank=5, targets=("up", "down")).init(KEY, params, roles), by=1.0), 0.5)
     hf_peft.save(tmp_path / "a", tuned, roles, names)
     again, x = hf_peft.load(tmp_path / "a", params, roles, names), jnp.ones((2, 4))
     np.testing.assert_allclose(pj.wrap(fn)(again, x), pj.wrap(fn)(tuned, x), rtol=1e-5, atol=1e-6)

@@ -7,6 +7,7 @@ import pytest
 import zoo
 
 import peftjax as pj
+from trees import away
 from peftjax.methods.reft import orthonormal
 from peftjax.paths import flatten
 
@@ -22,13 +23,6 @@ PARAMS = {"up": drawn(6, 8), "down": drawn(8, 6, seed=2), "bias": drawn(6)}
 def block(p, x, join=lambda h, r: h + r):
     x = jnp.sin(x)
     return join(jnp.tanh(x @ p["up"]) @ p["down"] + p["bias"][None, None], x)
-
-
-def away(tuned):
-    rng = np.random.default_rng(0)
-    return pj.insert(
-        tuned, {k: v + 0.3 * rng.standard_normal(v.shape).astype(np.float32) for k, v in pj.extract(tuned).items()}
-    )
 
 
 def rows(free):

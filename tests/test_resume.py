@@ -36,7 +36,7 @@ class Silent:
     def score(self, *_): ...
 
 
-def go(folder, pause=0.0, seen=None, limit=None):
+def go(folder, seen, pause=0.0, limit=None):
     """Trains a small network, from the checkpoint in `folder` if there is one; what it ends with goes into a file there.
 
     `seen` is a file that gets a byte per step; `limit` is the largest file that may be written, in bytes.
@@ -44,7 +44,6 @@ def go(folder, pause=0.0, seen=None, limit=None):
     if limit is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    jax.config.update("jax_numpy_dtype_promotion", "standard")
     rng = np.random.default_rng(0)
     normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
     params = {"up": normal(64, 512) / 8, "down": normal(512, 2) / 20}
@@ -58,9 +57,8 @@ def go(folder, pause=0.0, seen=None, limit=None):
 
     def slow(state, batch):
         time.sleep(pause)
-        if seen is not None:
-            with open(seen, "ab") as file:
-                file.write(b".")
+        with open(seen, "ab") as file:
+            file.write(b".")
         return step(state, batch)
 
     def validate(tuned):
@@ -79,10 +77,34 @@ def go(folder, pause=0.0, seen=None, limit=None):
     )
 
 
-def started(folder, **options):
-    process = PROCESSES.Process(target=go, args=(folder,), kwargs=options)
+def child(folder, seen, options):
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    go(folder, seen, **options)
+
+
+def started(folder, steps=0, **options):
+    """A process that runs `go`, once it has begun so many steps."""
+    seen = folder / "seen"
+    seen.write_bytes(b"")
+    process = PROCESSES.Process(target=child, args=(folder, seen, options))
     process.start()
+    while process.is_alive() and seen.stat().st_size < steps:
+        time.sleep(0.002)
     return process
+
+
+def stopped(process, how):
+    os.kill(process.pid, how)
+    process.join(10)
+    assert process.exitcode not in (0, None)
+
+
+def goes_on_to(whole, folder):
+    """A process goes on from what is in the folder, and ends as the run does that nothing stopped."""
+    process = started(folder)
+    process.join()
+    assert process.exitcode == 0
+    same(ended(folder), whole)
 
 
 def ended(folder):
@@ -108,19 +130,12 @@ def whole(tmp_path_factory):
 
 def killed_and_restarted(folder, whole, kills):
     """Kills a run `kills` times, at random moments after its first step in each life, and lets the last life end."""
-    draw, seen = random.Random(0), folder / "seen"
+    draw = random.Random(0)
     for _ in range(kills):
-        seen.write_bytes(b"")
-        process = started(folder, pause=0.02, seen=seen)
-        while process.is_alive() and not seen.stat().st_size:
-            time.sleep(0.002)
+        process = started(folder, steps=1, pause=0.02)
         time.sleep(draw.random() * 6 * 0.03)  # six steps, with three saves among them
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-    process = started(folder)
-    process.join()
-    assert process.exitcode == 0
-    same(ended(folder), whole)
+        stopped(process, signal.SIGKILL)
+    goes_on_to(whole, folder)
     left = [x.name for x in (folder / "runs").iterdir()]
     assert all(name.isdigit() for name in left), left
 
@@ -135,30 +150,15 @@ def test_killed_at_twenty_random_moments(whole, tmp_path):
 
 
 def test_sigterm_saves_and_ends_the_run(whole, tmp_path):
-    seen = tmp_path / "seen"
-    seen.write_bytes(b"")
-    process = started(tmp_path, pause=0.05, seen=seen)
-    while process.is_alive() and seen.stat().st_size < 5:
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGTERM)
-    process.join(10)
-    assert process.exitcode not in (0, None)
-    done = seen.stat().st_size
+    stopped(started(tmp_path, steps=5, pause=0.05), signal.SIGTERM)
+    done = (tmp_path / "seen").stat().st_size
     with Runs(tmp_path / "runs", METHOD) as runs:
         assert runs.numbers[-1] == done
-    process = started(tmp_path)
-    process.join()
-    same(ended(tmp_path), whole)
+    goes_on_to(whole, tmp_path)
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(whole, tmp_path):
-    seen = tmp_path / "seen"
-    seen.write_bytes(b"")
-    process = started(tmp_path, pause=0.02, seen=seen)
-    while process.is_alive() and seen.stat().st_size < 8:
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
+    stopped(started(tmp_path, steps=8, pause=0.02), signal.SIGKILL)
     with Runs(tmp_path / "runs", METHOD) as runs:
         before = runs.numbers
     assert before
@@ -167,18 +167,13 @@ def test_a_full_disk_leaves_the_checkpoint_before(whole, tmp_path):
     assert process.exitcode != 0
     with Runs(tmp_path / "runs", METHOD) as runs:
         assert runs.numbers == before
-    process = started(tmp_path)
-    process.join()
-    same(ended(tmp_path), whole)
+    goes_on_to(whole, tmp_path)
 
 
 def test_nothing_is_done_again_when_a_run_has_ended(whole, tmp_path):
-    go(tmp_path)
-    seen = tmp_path / "seen"
-    seen.write_bytes(b"")
-    go(tmp_path, seen=seen)
-    assert seen.stat().st_size == 0
-    same(ended(tmp_path), whole)
+    for steps in (STEPS * EPOCHS, 0):
+        goes_on_to(whole, tmp_path)
+        assert (tmp_path / "seen").stat().st_size == steps
 
 
 def test_sigterm_without_checkpoints_is_left_alone():

@@ -1,7 +1,6 @@
 """The train step on eight devices: as on one, and nothing of the base is gathered, copied or donated for it."""
 
 import functools
-import re
 import warnings
 
 import flax.linen as nn
@@ -11,9 +10,11 @@ import numpy as np
 import optax
 import peftjax as pj
 import pytest
+from test_training import token_loss
 from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from peftjax.hlo import Program
 from peftjax.sharding_rules import by_metadata, by_rules, make_mesh
 
 pytestmark = pytest.mark.third_party  # optax's own promotions
@@ -47,11 +48,6 @@ def batch_of(seed=0, n=16):
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, 24, (n, 6)).astype(np.int32)
     return {"ids": ids, "mask": (rng.random((n, 6)) < 0.7).astype(np.float32)}
-
-
-def token_loss(logits, batch):
-    each = optax.softmax_cross_entropy_with_integer_labels(logits, batch["ids"]) * batch["mask"]
-    return each.sum(), {"weight": batch["mask"].sum()}
 
 
 METHODS = {"lora": pj.lora(rank=4, alpha=8), "dora": pj.dora(rank=4), "full": pj.full()}
@@ -141,13 +137,7 @@ def test_explicit_axes(accumulate):
 
 def collectives(compiled, kind):
     """The bytes of each collective of a kind in a compiled program."""
-    sizes = {"f32": 4, "bf16": 2, "s32": 4, "pred": 1, "u32": 4}
-    found = []
-    for line in compiled.as_text().splitlines():
-        if (made := re.search(rf"= (.*?) {kind}(?:-start)?\(", line)) is not None:
-            shapes = re.findall(r"(\w+)\[([\d,]*)\]", made[1])
-            found += [sizes[t] * int(np.prod([int(n) for n in dims.split(",") if n])) for t, dims in shapes]
-    return found
+    return [size for k, size, _ in Program(compiled.as_text()).exchanges if k == kind]
 
 
 def lowered(method, mesh, tx=optax.adamw(1e-2)):
