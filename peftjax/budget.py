@@ -2,10 +2,14 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Iterator
 
 import jax.numpy as jnp
 import numpy as np
+
+from peftjax.overlay import Overlay, layers
+from peftjax.paths import flatten
+from peftjax.tree import map_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +64,38 @@ class Plan:
         falls = _falls(self, len(scores), self.target_rank * matrices)
         gone = jnp.searchsorted(jnp.asarray(falls), step, side="right")
         return jnp.where(gone > 0, jnp.sort(scores)[jnp.maximum(gone - 1, 0)], -jnp.inf)
+
+    def penalty(self, tuned: Any) -> Any:
+        """What keeps the ranks of this plan's overlays apart: the mean gap of their matrices, times its weight."""
+        found = self.own(tuned)
+        return found[0][1].orth_weight * jnp.concatenate([x.gaps(name) for _, x in found for name in "ab"]).mean()
+
+    def update(self, tuned: Any, grads: Any, step: Any) -> Any:
+        """The tree after the averages of this plan's overlays moved, and their ranks were pruned where it is time."""
+        step, gradients = jnp.asarray(step, jnp.int32), dict(_overlays(grads))
+        moving = [(path, x) for path, x in self.own(tuned) if not x.locked]
+        if not moving:
+            return tuned
+        if lost := [path for path, _ in moving if getattr(gradients.get(path), "e", None) is None]:
+            raise ValueError(f"no gradients for {', '.join(lost)}; expected a tree like `partition(tuned)[0]`")
+        seen = {path: x.observed(gradients[path], step) for path, x in moving}
+        scores = [x.score() for x in seen.values()]
+        cutoff = self.cutoff(jnp.concatenate([s.ravel() for s in scores]), sum(map(len, scores)), step)
+        pruned = {path: x.pruned(cutoff, step) for path, x in seen.items()}
+        return map_layers(lambda path, x: pruned[path].replace(base=x.base) if path in pruned else x, tuned)
+
+    def own(self, tuned: Any) -> list[tuple[str, Any]]:
+        """The overlays of this plan, and where they lie."""
+        found = [(path, x) for path, x in _overlays(tuned) if getattr(x, "plan", None) == self]
+        if not found:
+            raise ValueError("adalora: this tree holds none of the method's overlays; was it made by another method?")
+        return found
+
+
+def _overlays(tree: Any) -> Iterator[tuple[str, Overlay]]:
+    for path, leaf in flatten(tree):
+        for depth, x in enumerate(layers(leaf)):
+            yield path + "/base" * depth, x
 
 
 @functools.lru_cache(maxsize=16)

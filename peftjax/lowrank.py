@@ -143,3 +143,27 @@ INITS: dict[str, Callable[[Leaf, int, float], Started]] = {
     "olora": _olora,
     "orthogonal": _orthogonal,
 }
+
+
+def factorization(size: int, factor: int = -1) -> tuple[int, int]:
+    """Two numbers whose product is `size`: (factor, size / factor) where that divides.
+
+    Else the two with the smallest sum of those whose smaller is at most `factor`, the smaller first; -1 allows any.
+
+    Example:
+      >>> factorization(768), factorization(768, 8), factorization(10, 4), factorization(7)
+      ((24, 32), (8, 96), (2, 5), (1, 7))
+    """
+    if factor > 0 and size % factor == 0:
+        return factor, size // factor
+    limit = size if factor < 0 else factor
+    small = max((m for m in range(1, math.isqrt(size) + 1) if size % m == 0 and m <= limit), default=1)
+    return small, size // small
+
+
+def orthonormality_gap(rows: Any) -> Any:
+    """The Frobenius norms of `X X' - I`, (matrices,), of matrices (matrices, rank, entries)."""
+    products = jnp.einsum("nrx,nsx->nrs", rows, rows, precision="highest")
+    square = jnp.sum((products - jnp.eye(rows.shape[1])[None]) ** 2, (1, 2))
+    # The norm has no derivative at zero; that of an orthonormal set is taken to be zero.
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)

@@ -1,11 +1,13 @@
 """Turns: linear maps of a weight's features among themselves, block by block."""
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from peftjax import compat
@@ -77,3 +79,28 @@ class Turn(Factor):
         number, k = blocks.array.shape[blocks.atoms.index(BLOCK)], self.atoms.index(ROW)
         array = jnp.repeat(jnp.expand_dims(self.array, k), number, k)
         return self.having(array, (*self.atoms[:k], BLOCK, *self.atoms[k:]))
+
+
+def skew(upper: Any) -> Any:
+    """Skew-symmetric matrices (..., n, n) from upper triangles (..., n (n - 1) / 2), row by row."""
+    n = (1 + math.isqrt(1 + 8 * upper.shape[-1])) // 2
+    rows, columns = np.triu_indices(n, 1)
+    half = jnp.zeros((*upper.shape[:-1], n, n), upper.dtype).at[..., rows, columns].set(upper)
+    return half - jnp.swapaxes(half, -1, -2)
+
+
+def identity(like: Any) -> Any:
+    """Identity matrices of this shape."""
+    return jnp.broadcast_to(jnp.eye(like.shape[-1], dtype=like.dtype), like.shape)
+
+
+def cayley(q: Any, terms: int | None = None) -> Any:
+    """The orthogonal matrices `(I + Q)^-1 (I - Q)`; or those of -Q by this many terms of the series."""
+    one = identity(q)
+    if terms is None:
+        return jnp.linalg.solve(one + q, one - q)
+    power, total = q, one + (1 if terms == 2 else 2) * q
+    for k in range(2, terms):
+        power = jnp.matmul(power, q, precision=lax.Precision.HIGHEST)
+        total = total + (1 if k == terms - 1 else 2) * power
+    return total

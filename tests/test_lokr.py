@@ -7,7 +7,7 @@ import peftjax as pj
 import pytest
 from jax import lax
 from laws import moved
-from peftjax.methods.lokr import factorization
+from peftjax.lowrank import factorization
 from peftjax.roles import Role, Roles
 from zoo import MODELS
 

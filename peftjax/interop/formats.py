@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Any, Callable, Iterable, Mapping, Sequence
 
+import jax.numpy as jnp
 import numpy as np
 
 from peftjax.factored import Factor, chain
@@ -148,6 +149,19 @@ def times_scale(x: Any, field: str) -> Any:
     labels = x.labels()
     factors = (Factor(x.scale, labels["scale"]),)
     return chain(Factor(getattr(x, field), labels[field]), factors, labels[field], {})
+
+
+def at_full_scale(x: Any, field: str, start: Any) -> Any:
+    """The overlay at scale 1 that does what x does, whose scale moves a field between where it started and its value."""
+    if (x.scale == 1).all():
+        return x
+    moved = start + times_scale(x.replace(**{field: getattr(x, field) - start}), field)
+    return x.replace(**{field: moved}, scale=jnp.ones_like(x.scale))
+
+
+def full_plain(x: Full) -> Full:
+    """The leaf that is trained itself, at scale 1."""
+    return at_full_scale(x, "value", materialise(x.base).astype(x.value.dtype))
 
 
 def neat(x: float) -> int | float:

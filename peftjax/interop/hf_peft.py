@@ -24,7 +24,16 @@ from peftjax.interop import (
 )
 from peftjax.interop.base import Base
 from peftjax.interop.config import CONFIG, about, read_options, read_page, write_page
-from peftjax.interop.formats import Format, Options, adapted_modules, full_parts, saved_page, tables, untouched
+from peftjax.interop.formats import (
+    Format,
+    Options,
+    adapted_modules,
+    full_parts,
+    full_plain,
+    saved_page,
+    tables,
+    untouched,
+)
 from peftjax.interop.layout import is_conv1d
 from peftjax.interop.names import Names, spots
 from peftjax.interop.slots import Slot, fill, read_slots, slots
@@ -181,7 +190,7 @@ def save(
     base = Base(spots(strip(tuned), roles, names), rope, heads)
     format = _format(tuned)
     tuned = format.stored(tuned, base)
-    plain = {**format.plain, **format.extra.plain}
+    plain = {Full: full_plain, **format.plain, **format.extra.plain}
     tuned = map_layers(lambda _, x: plain.get(type(x), lambda same: same)(x), tuned)
     if broken := not_finite((e.key, e.value) for e in entries(tuned) if e.trains):
         raise ValueError(f"not saved, for these hold a NaN or an infinity: {', '.join(broken)}. Did training diverge?")

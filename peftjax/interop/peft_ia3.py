@@ -5,7 +5,7 @@ from typing import Any, Iterator, Sequence
 
 from peftjax.interop import config
 from peftjax.interop.base import Base, regex
-from peftjax.interop.formats import Format, Options, Tuned, trained_whole
+from peftjax.interop.formats import Format, Options, Tuned, at_full_scale, trained_whole
 from peftjax.interop.layout import window
 from peftjax.interop.match import targets_of
 from peftjax.interop.names import Spot
@@ -51,6 +51,11 @@ def parts(x: IA3, spot: Spot) -> Iterator[Part]:
     yield Part("vector", spot.of_module("ia3_l"), order)
 
 
+def plain(x: IA3) -> IA3:
+    """The same vector at scale 1; a bias refers to its kernel's."""
+    return x if isinstance(x.vector, Ref) else at_full_scale(x, "vector", 1.0)
+
+
 def _reads(x: IA3, spot: Spot) -> bool:
     """Whether the vector scales inputs."""
     return any(along and letter == "i" for along, letter in zip(x.lies, spot.role.axes))
@@ -74,4 +79,4 @@ def page(tuned: Sequence[Tuned], base: Base) -> dict[str, Any]:
     }
 
 
-FORMAT = Format(options=OPTIONS, method=method, parts={IA3: parts}, page=page)
+FORMAT = Format(options=OPTIONS, method=method, parts={IA3: parts}, page=page, plain={IA3: plain})

@@ -10,8 +10,9 @@ from peftjax.interop.formats import Format, Options, Tuned, copies, scale_at, tr
 from peftjax.interop.layout import window
 from peftjax.interop.names import Spot
 from peftjax.interop.slots import Part, constant
+from peftjax.lowrank import factorization
 from peftjax.method import Method
-from peftjax.methods.lokr import RANK, RANK1, READ, K, L, LoKr, M, N, factorization, lokr
+from peftjax.methods.lokr import RANK, RANK1, READ, K, L, LoKr, M, N, lokr
 
 OPTIONS = {
     **lycoris.OPTIONS,

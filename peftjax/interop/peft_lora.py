@@ -8,7 +8,17 @@ import jax.numpy as jnp
 
 from peftjax.interop import config, peft_tokens
 from peftjax.interop.base import Base, regex
-from peftjax.interop.formats import Format, Options, Tuned, copies, neat, scale_at, trained_whole
+from peftjax.interop.formats import (
+    Format,
+    Options,
+    Tuned,
+    at_full_scale,
+    copies,
+    neat,
+    scale_at,
+    times_scale,
+    trained_whole,
+)
 from peftjax.interop.layout import whole, window
 from peftjax.interop.match import pattern_value, patterns_of, targets_of
 from peftjax.interop.names import Spot
@@ -151,7 +161,14 @@ def rank_page(found: dict[str, tuple[int, float]]) -> dict[str, Any]:
 
 
 def plain(x: LoRA | DoRA) -> LoRA | DoRA:
-    """The same update without the product it started from, which peft's files do not hold: as further ranks."""
+    """The same update without the product it started from, which peft's files do not hold: as further ranks.
+
+    Of LoRA, alpha says the scale; one of DoRA moves the magnitude too, so it is at 1.
+    """
+    if isinstance(x, DoRA) and (x.scale != 1).any():
+        before, products = x.norms()[0], ["b"] if x.b0 is None else ["b", "b0"]
+        scaled = {name: times_scale(x, name) for name in products}
+        x = at_full_scale(x, "m", before).replace(**scaled)
     if x.a0 is None:
         return x
     join = lambda name, one, other: jnp.concatenate([one, other], x.labels()[name].index("rank"))

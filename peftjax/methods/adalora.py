@@ -1,21 +1,18 @@
 """AdaLoRA: a product like an SVD beside each weight, whose ranks go where they matter most."""
 
 import dataclasses
-import functools
 import math
-from typing import Any, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from peftjax.budget import Plan
 from peftjax.factored import Factor, Term
-from peftjax.lowrank import checked, layered, replaced, shapes
+from peftjax.lowrank import checked, layered, orthonormality_gap, replaced, shapes
 from peftjax.method import Leaf, Method, method, per_leaf
 from peftjax.overlay import Overlay, atoms, frozen, layers, overlay, static, trained
-from peftjax.paths import flatten
 from peftjax.targets import Targets
-from peftjax.tree import map_layers
 
 
 AVERAGES = ("sensitivity", "uncertainty")
@@ -80,11 +77,7 @@ class AdaLoRA(Overlay):
 
     def gaps(self, name: str) -> Any:
         """How far the columns of A, or the rows of B, of each matrix are from an orthonormal set."""
-        rows = self.rows(name, getattr(self, name))
-        products = jnp.einsum("nrx,nsx->nrs", rows, rows, precision="highest")
-        square = jnp.sum((products - jnp.eye(rows.shape[1])[None]) ** 2, (1, 2))
-        # The norm has no derivative at zero; that of an orthonormal set is taken to be zero.
-        return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+        return orthonormality_gap(self.rows(name, getattr(self, name)))
 
     def observed(self, grads: Any, step: Any) -> "AdaLoRA":
         """With the averages moved by |parameter * gradient|."""
@@ -184,19 +177,15 @@ def adalora(
         r = checked("adalora", leaf, rank)
         if any(isinstance(x, AdaLoRA) for x in layers(leaf.value)):
             raise ValueError(f"adalora: {leaf.path} already holds {leaf.value!r}; leave it out with `exclude`")
-        a, b = (
-            0.02 * jax.random.normal(k, s, jnp.float32) for k, s in zip(jax.random.split(leaf.key), shapes(leaf, r))
-        )
-        e = jnp.zeros((*leaf.sizes("sb"), r), jnp.float32)
-        averages = {f"{kind}_{n}": jnp.zeros_like(x) for n, x in zip("aeb", (a, e, b)) for kind in AVERAGES}
+        drawn = zip(jax.random.split(leaf.key), shapes(leaf, r))
+        a, b = (0.02 * jax.random.normal(key, shape, jnp.float32) for key, shape in drawn)
+        fields = {"a": a, "e": jnp.zeros((*leaf.sizes("sb"), r), jnp.float32), "b": b}
+        averages = {f"{kind}_{name}": jnp.zeros_like(x) for name, x in fields.items() for kind in AVERAGES}
         return AdaLoRA(
             base=leaf.value,
-            a=a,
-            e=e,
-            b=b,
+            **(fields | averages),  # type: ignore[arg-type]
             scale=layered("adalora", leaf, (r if alpha is None else alpha) / (r + 1e-5), None),
-            kept=jnp.ones(e.shape, bool),
-            **averages,  # type: ignore[arg-type]
+            kept=jnp.ones(fields["e"].shape, bool),
             axes=leaf.axes,
             plan=plan,
             orth_weight=orth_weight,
@@ -205,38 +194,6 @@ def adalora(
 
     return dataclasses.replace(
         per_leaf(make, targets, exclude, kernels=True),
-        penalty=functools.partial(_penalty, plan),
-        update=functools.partial(_update, plan),
+        penalty=plan.penalty,
+        update=plan.update,
     )
-
-
-def _penalty(plan: Plan, tuned: Any) -> Any:
-    found = _own(plan, tuned)
-    return found[0][1].orth_weight * jnp.concatenate([x.gaps(name) for _, x in found for name in "ab"]).mean()
-
-
-def _update(plan: Plan, tuned: Any, grads: Any, step: Any) -> Any:
-    step, gradients = jnp.asarray(step, jnp.int32), dict(_overlays(grads))
-    moving = [(path, x) for path, x in _own(plan, tuned) if not x.locked]
-    if not moving:
-        return tuned
-    if lost := [path for path, _ in moving if getattr(gradients.get(path), "e", None) is None]:
-        raise ValueError(f"no gradients for {', '.join(lost)}; expected a tree like `partition(tuned)[0]`")
-    seen = {path: x.observed(gradients[path], step) for path, x in moving}
-    scores = [x.score() for x in seen.values()]
-    cutoff = plan.cutoff(jnp.concatenate([s.ravel() for s in scores]), sum(map(len, scores)), step)
-    pruned = {path: x.pruned(cutoff, step) for path, x in seen.items()}
-    return map_layers(lambda path, x: pruned[path].replace(base=x.base) if path in pruned else x, tuned)
-
-
-def _overlays(tree: Any) -> Iterator[tuple[str, Overlay]]:
-    for path, leaf in flatten(tree):
-        for depth, x in enumerate(layers(leaf)):
-            yield path + "/base" * depth, x
-
-
-def _own(plan: Plan, tuned: Any) -> list[tuple[str, AdaLoRA]]:
-    found = [(path, x) for path, x in _overlays(tuned) if isinstance(x, AdaLoRA) and x.plan == plan]
-    if not found:
-        raise ValueError("adalora: this tree holds none of the method's overlays; was it made by another method?")
-    return found

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from peftjax import compat
 from peftjax.factored import Factor, Term, chain
-from peftjax.lowrank import layered, linear
+from peftjax.lowrank import factorization, layered, linear
 from peftjax.method import Leaf, Method, check_known, method, per_leaf
 from peftjax.overlay import Overlay, atoms, frozen, overlay, static, trained
 from peftjax.targets import Targets
@@ -97,22 +97,6 @@ def _placed(f: Factor, places: dict[str, tuple[tuple[Any, int], ...]]) -> Factor
     """A factor on the parts of W's axes in the place of its own."""
     found = [(place, n) for a, size in zip(f.atoms, f.array.shape) for place, n in places.get(a, ((a, size),))]
     return Factor(f.array.reshape([n for _, n in found]), tuple(place for place, _ in found))
-
-
-def factorization(size: int, factor: int = -1) -> tuple[int, int]:
-    """Two numbers whose product is `size`: (factor, size / factor) where that divides.
-
-    Else the two with the smallest sum of those whose smaller is at most `factor`, the smaller first; -1 allows any.
-
-    Example:
-      >>> factorization(768), factorization(768, 8), factorization(10, 4), factorization(7)
-      ((24, 32), (8, 96), (2, 5), (1, 7))
-    """
-    if factor > 0 and size % factor == 0:
-        return factor, size // factor
-    limit = size if factor < 0 else factor
-    small = max((m for m in range(1, math.isqrt(size) + 1) if size % m == 0 and m <= limit), default=1)
-    return small, size // small
 
 
 @method

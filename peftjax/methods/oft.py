@@ -5,7 +5,6 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from peftjax.factored import Term, scaled
@@ -14,7 +13,7 @@ from peftjax.method import Leaf, Method, method, per_leaf
 from peftjax.overlay import Overlay, atoms, frozen, overlay, static, trained
 from peftjax.targets import Targets
 from peftjax.tree import map_layers
-from peftjax.turns import BLOCK, COLUMN, ROW, Turn
+from peftjax.turns import BLOCK, COLUMN, ROW, Turn, cayley, identity, skew
 
 BLOCK_SIZE = 32
 
@@ -66,15 +65,7 @@ class OFT(Overlay):
 
     def rotations(self) -> Any:
         """The blocks of R, (..., blocks, size, size)."""
-        q = skew(self.projected())
-        one = identity(q)
-        if self.series is None:
-            return jnp.linalg.solve(one + q, one - q)
-        power, total = q, one + (1 if self.series == 2 else 2) * q
-        for k in range(2, self.series):
-            power = jnp.matmul(power, q, precision=lax.Precision.HIGHEST)
-            total = total + (1 if k == self.series - 1 else 2) * power
-        return total
+        return cayley(skew(self.projected()), self.series)
 
     def projected(self) -> Any:
         """The triangles, each within its norm; gradients are those at the projection."""
@@ -88,19 +79,6 @@ class OFT(Overlay):
     def summary(self) -> str:
         """Its blocks' size."""
         return f"block_size={self.size}" if hasattr(self.upper, "shape") else ""
-
-
-def skew(upper: Any) -> Any:
-    """Skew-symmetric matrices (..., n, n) from upper triangles (..., n (n - 1) / 2), row by row."""
-    n = (1 + math.isqrt(1 + 8 * upper.shape[-1])) // 2
-    rows, columns = np.triu_indices(n, 1)
-    half = jnp.zeros((*upper.shape[:-1], n, n), upper.dtype).at[..., rows, columns].set(upper)
-    return half - jnp.swapaxes(half, -1, -2)
-
-
-def identity(like: Any) -> Any:
-    """Identity matrices of this shape."""
-    return jnp.broadcast_to(jnp.eye(like.shape[-1], dtype=like.dtype), like.shape)
 
 
 @method
