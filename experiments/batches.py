@@ -7,6 +7,8 @@ import grain
 import numpy as np
 from tokenizers import Tokenizer
 
+from experiments.columns import Ids
+
 Batch = dict[str, np.ndarray]
 
 
@@ -28,9 +30,9 @@ class Tokens:
         self._tokenizer.no_padding()
         self.length = length
 
-    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text, with the marks that the model expects around it."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
+    def __call__(self, texts: Sequence[str]) -> Ids:
+        """The ids of each text, with the marks that the model expects around it; made when they are asked for."""
+        return Ids(texts, lambda some: [encoding.ids for encoding in self._tokenizer.encode_batch(some)])
 
 
 def lengths(longest: int, fixed: bool) -> tuple[int, ...]:
@@ -51,7 +53,8 @@ def batches(
     The batches are planned from the lengths of all examples, so every process takes the same step with the same width.
 
     Args:
-      ids: per example; none is longer than the last width.
+      ids: per example; none is longer than the last width. Where they are `Ids`, a batch reads and encodes its texts
+        when it is made, which iterators do ahead of time, in threads.
       labels: (N,).
       size: examples per batch, over all processes. What is left of a width fills up with examples of weight 0.
       widths: the lengths of batches; an example goes to the first that holds it.
@@ -67,7 +70,8 @@ def batches(
     """
     if size % share[1]:
         raise ValueError(f"a batch of {size} examples: expected a multiple of {share[1]}, the number of processes")
-    plan = _plan(np.array([len(x) for x in ids]), size, widths, None if seed is None else np.random.default_rng(seed))
+    length = ids.lengths if isinstance(ids, Ids) else np.array([len(x) for x in ids])
+    plan = _plan(length, size, widths, None if seed is None else np.random.default_rng(seed))
     part = slice(size * share[0] // share[1], size * (share[0] + 1) // share[1])
     return grain.MapDataset.source(plan).map(lambda chosen: _batch(ids, labels, size, *chosen, part))
 
@@ -91,8 +95,8 @@ def _batch(
     index = np.resize(chosen, size)[part]  # repeats them where they are too few
     padded = np.zeros((len(index), width), np.int32)
     mask = np.zeros((len(index), width), np.int32)
-    for row, k in enumerate(index):
-        padded[row, : len(ids[k])] = ids[k]
-        mask[row, : len(ids[k])] = 1
+    for row, own in enumerate(ids[k] for k in index):
+        padded[row, : len(own)] = own
+        mask[row, : len(own)] = 1
     weight = (np.arange(size) < len(chosen)).astype(np.float32)[part]
     return {"ids": padded, "mask": mask, "label": labels[index].astype(np.int32), "weight": weight, "index": index}

@@ -7,10 +7,11 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from experiments import assets
+from experiments.columns import Texts
 from experiments.reviews import MovieReviews
 
 SPLITS = ("train", "validation", "test")
-Columns = tuple[list[str], list[str]]
+Columns = tuple[Texts, list[str]]
 
 
 def reviews() -> tuple[dict[str, Columns], tuple[str, ...]]:
@@ -22,7 +23,8 @@ def reviews() -> tuple[dict[str, Columns], tuple[str, ...]]:
     place = assets.home() / "datasets"
     for last in (False, True):
         try:
-            return _columns(MovieReviews(data_dir=str(place), file_format="array_record"), "text", "label")
+            with assets.alone(place):
+                return _columns(MovieReviews(data_dir=str(place), file_format="array_record"), "text", "label")
         except Exception as error:  # a damaged record can raise anything
             if last or isinstance(error, assets.Missing):
                 raise
@@ -34,14 +36,16 @@ def public(name: str, text: str, label: str) -> tuple[dict[str, Columns], tuple[
     """A data set by the name that tensorflow-datasets gives it, such as "imdb_reviews" or "glue/sst2".
 
     Returns:
-      Its splits with labels, each two columns: texts, and names of labels; and the names in order.
+      Its splits with labels, each two columns: texts, which stay on the disk, and names of labels; and the names in
+      order.
 
     Raises:
       ValueError: there is none of that name, it needs TensorFlow, it has no such columns, or it has no training split.
     """
+    place = assets.home() / "datasets"
     try:
-        builder = tfds.builder(name, data_dir=str(assets.home() / "datasets"), file_format="array_record")
-        return _columns(builder, text, label)
+        with assets.alone(place):
+            return _columns(tfds.builder(name, data_dir=str(place), file_format="array_record"), text, label)
     except (ImportError, NotImplementedError, tfds.core.DatasetNotFoundError) as error:
         if importlib.util.find_spec("tensorflow") is None:
             raise ValueError(
@@ -65,13 +69,11 @@ def _columns(builder: Any, text: str, label: str) -> tuple[dict[str, Columns], t
     tfds.disable_progress_bar()
     builder.download_and_prepare()
     names = tuple(features[label].names)
-    splits = {split: list(builder.as_data_source(split)) for split in SPLITS if split in builder.info.splits}
+    sources = {split: builder.as_data_source(split) for split in SPLITS if split in builder.info.splits}
+    labels = {split: [row[label] for row in source] for split, source in sources.items()}
     # Some test splits are published without labels, as -1.
-    splits = {split: rows for split, rows in splits.items() if any(row[label] >= 0 for row in rows)}
-    if "train" not in splits:
+    labels = {split: found for split, found in labels.items() if any(k >= 0 for k in found)}
+    if "train" not in labels:
         raise ValueError(f"{builder.name} has no training split, only {', '.join(builder.info.splits)}")
     named = lambda k: names[k] if 0 <= k < len(names) else str(k)
-    columns = {
-        s: ([row[text].decode() for row in rows], [named(row[label]) for row in rows]) for s, rows in splits.items()
-    }
-    return columns, names
+    return {s: (Texts(sources[s], text), [named(k) for k in found]) for s, found in labels.items()}, names

@@ -7,6 +7,7 @@ from typing import Any, Iterable, Sequence
 import numpy as np
 
 from experiments import catalogue, files
+from experiments.columns import Picked
 
 SPLIT_SEED = 0  # of the splits made here; the seed of a run never moves a row from one split to another
 SHARES = {"train": 0.7, "validation": 0.15, "test": 0.15}
@@ -14,7 +15,7 @@ SHARES = {"train": 0.7, "validation": 0.15, "test": 0.15}
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Texts and their labels, integers from 0."""
+    """Texts, which may stay on the disk until they are read, and their labels, integers from 0."""
 
     texts: Sequence[str]
     labels: np.ndarray  # (N,) int32
@@ -23,7 +24,7 @@ class Rows:
         return len(self.texts)
 
     def __getitem__(self, at: Any) -> "Rows":
-        return Rows([self.texts[k] for k in at], self.labels[at])
+        return Rows(Picked(self.texts, at), self.labels[at])
 
 
 class Sealed:
@@ -94,14 +95,14 @@ def _cut(splits: dict[str, Rows], names: tuple[str, ...]) -> Dataset:
     return Dataset(rows[order], splits["validation"], Sealed(splits["test"]), names)
 
 
-def _checked(where: str, texts: Iterable[Any], labels: Iterable[Any], names: tuple[str, ...]) -> Rows:
+def _checked(where: str, texts: Sequence[Any], labels: Iterable[Any], names: tuple[str, ...]) -> Rows:
     """Rows of texts and names of labels; `where` is for messages."""
     at = {name: k for k, name in enumerate(names)}
-    kept: list[tuple[str, int]] = []
+    found: list[int] = []
     for k, (text, label) in enumerate(zip(texts, labels), 1):
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{where}, row {k}: expected a text, found {text!r}")
         if label not in at:
             raise ValueError(f"{where}, row {k}: label {label!r} is none of {', '.join(map(repr, names))}")
-        kept.append((text, at[label]))
-    return Rows([text for text, _ in kept], np.array([y for _, y in kept], np.int32))
+        found.append(at[label])
+    return Rows(texts, np.array(found, np.int32))

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from experiments import assets, catalogue, data, reviews
 from experiments.batches import Tokens, batches, lengths
+from experiments.columns import Picked, Texts
 
 # Assets
 
@@ -170,18 +171,18 @@ def test_the_reviews(small_reviews):
     assert min(map(abs, scores)) >= 1
     np.testing.assert_array_equal(found.train.labels, [int(s > 0) for s in scores])
     assert "tensorflow" not in sys.modules
-    assert data.load("reviews").train.texts == found.train.texts
+    assert list(data.load("reviews").train.texts) == list(found.train.texts)
 
 
 def test_a_damaged_copy_of_the_reviews_is_prepared_anew(small_reviews):
-    texts = data.load("reviews").train.texts
+    texts = list(data.load("reviews").train.texts)
     path = next(small_reviews.rglob("*train*array_record*"))
     sound = path.read_bytes()
     for damaged in (sound[:-100], sound[: len(sound) // 2] + b"damage" + sound[len(sound) // 2 + 6 :], b""):
         path.write_bytes(damaged)
-        assert data.load("reviews").train.texts == texts
+        assert list(data.load("reviews").train.texts) == texts
     path.unlink()
-    assert data.load("reviews").train.texts == texts
+    assert list(data.load("reviews").train.texts) == texts
 
 
 class TinyMoods(tfds.core.GeneratorBasedBuilder):
@@ -299,9 +300,52 @@ def tokenizer(folder, words):
 
 def test_tokens_are_cut_and_not_padded(tmp_path):
     tokenizer(tmp_path, ["a", "b"])
-    assert Tokens(tmp_path, 4)(["a", "a b a b"]) == [[2, 4, 3], [2, 4, 5, 3]]
+    ids = Tokens(tmp_path, 4)(["a", "a b a b"])
+    assert list(ids) == [[2, 4, 3], [2, 4, 5, 3]] and ids.lengths.tolist() == [3, 4]
     with pytest.raises(ValueError, match="has no tokenizer.json"):
         Tokens(tmp_path / "other", 4)
+
+
+class Watched:
+    """Rows with random access that tell which of them were read."""
+
+    def __init__(self, n):
+        self.n, self.read = n, []
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, k):
+        self.read.append(k)
+        return {"t": b" ".join([b"a"] * (1 + k % 3))}
+
+
+def test_a_batch_reads_the_texts_of_its_part_when_it_is_made(tmp_path):
+    """Once for all lengths, then each row where it is needed: a process reads its own part of a batch alone."""
+    tokenizer(tmp_path, ["a"])
+    rows = Watched(12)
+    ids = Tokens(tmp_path, 5)(Texts(rows, "t"))
+    assert rows.read == list(range(12)) and ids.lengths.tolist() == [3, 4, 5] * 4
+    made = [batches(ids, np.zeros(12), 4, (3, 4, 5), seed=(1,), share=(k, 2)) for k in range(2)]
+    rows.read.clear()
+    parts = [part[0] for part in made]
+    assert rows.read == [*parts[0]["index"], *parts[1]["index"]] and len(set(rows.read)) == 4
+    for part in parts:
+        np.testing.assert_array_equal(part["mask"].sum(1), ids.lengths[part["index"]])
+    some = Picked(Texts(rows, "t"), np.array([2, 0]))
+    assert list(some) == ["a a a", "a"] and len(some) == 2
+
+
+def test_an_iterator_goes_on_from_its_state():
+    made = batches([[7] * (1 + k % 8) for k in range(21)], np.arange(21), 4, lengths(8, fixed=False), seed=(0,))
+    reading = iter(made.to_iter_dataset())
+    for _ in range(3):
+        next(reading)
+    state = json.loads(json.dumps(reading.get_state()))
+    rest = [b["index"].tolist() for b in reading]
+    again = iter(made.to_iter_dataset())
+    again.set_state(state)
+    assert [b["index"].tolist() for b in again] == rest and len(rest) == len(made) - 3
 
 
 def test_every_example_is_in_one_batch():
