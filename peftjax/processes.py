@@ -1,5 +1,6 @@
 """Joining the processes of one run: a roll call that says who is missing, then `jax.distributed`."""
 
+import contextlib
 import json
 import socket
 import time
@@ -44,7 +45,7 @@ def join(
 
 def _call(address: tuple[str, int], processes: int, timeout: float) -> dict[str, Any]:
     """Process 0 waits for the others to report, and tells them who is missing."""
-    end, met, twice = time.monotonic() + timeout, dict[int, socket.socket](), None
+    end, met, lines, twice = time.monotonic() + timeout, set[int](), list[socket.socket](), None
     with socket.create_server(("", address[1]), reuse_port=False) as server:
         while len(met) < processes - 1 and twice is None and (left := end - time.monotonic()) > 0:
             server.settimeout(left)
@@ -55,11 +56,12 @@ def _call(address: tuple[str, int], processes: int, timeout: float) -> dict[str,
             except (TimeoutError, ValueError, OSError):
                 continue
             twice = index if index in met or not 0 < index < processes else twice
-            met[index] = line
+            met.add(index)
+            lines.append(line)
         absent = [k for k in range(1, processes) if k not in met] if twice is None else []
         answer = {"missing": absent, "twice": twice}
-        for line in met.values():
-            with line:
+        for line in lines:
+            with line, contextlib.suppress(OSError):
                 line.sendall(json.dumps(answer).encode() + b"\n")
     return answer
 
@@ -67,7 +69,7 @@ def _call(address: tuple[str, int], processes: int, timeout: float) -> dict[str,
 def _report(address: tuple[str, int], index: int, timeout: float) -> dict[str, Any]:
     """Another process reports to process 0, and hears who is missing."""
     for line in _tries(address, time.monotonic() + timeout):
-        with line:
+        with line, contextlib.suppress(OSError):  # a server that closes before it answers is asked again
             line.settimeout(timeout + 30)
             line.sendall(f"{index}\n".encode())
             if answer := line.makefile().readline():

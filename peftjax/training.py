@@ -196,7 +196,7 @@ class TrainStep:
         return self._compiled(*arguments).lower(*arguments)
 
     def place(self, batch: Any) -> Any:
-        """The batch on the mesh, its examples (axis 0) split over `batch_axes`; from each process its own share."""
+        """The batch on the mesh, its examples (axis 0) split over `batch_axes`; from each process its `share`."""
         mesh = self.mesh
         return batch if mesh is None else jax.tree.map(lambda x: self._placed(x, mesh), batch)
 
@@ -217,14 +217,31 @@ class TrainStep:
         return 1 if self.mesh is None else math.prod(self.mesh.shape[name] for name in self.batch_axes)
 
     @functools.cached_property
-    def _processes(self) -> int:
-        """How many processes give a share of each batch."""
-        return 1 if self.mesh is None else len({d.process_index for d in self.mesh.devices.flat})
+    def share(self) -> tuple[int, int]:
+        """(k, n): this process gives the k-th of n equal parts of each batch.
+
+        Processes whose devices lie at the same place of `batch_axes` give the same part.
+
+        Raises:
+          ValueError: the devices of this process do not hold examples that follow each other.
+        """
+        if self.mesh is None:
+            return 0, 1
+        lies = NamedSharding(self.mesh, PartitionSpec(self.batch_axes))
+        held = lies.addressable_devices_indices_map((self._ways,)).values()
+        parts = sorted({at[0].start or 0 for at in held if at})
+        n = self._ways // len(parts)
+        if parts[0] % len(parts) or parts != list(range(parts[0], parts[0] + len(parts))):
+            raise ValueError(
+                f"the devices of process {jax.process_index()} hold the parts {parts} of {self._ways} of a batch; expected "
+                f"parts that follow each other: put the batch's axes {self.batch_axes} first in the mesh"
+            )
+        return parts[0] // len(parts), n
 
     def _check(self, batch: Any) -> None:
         for where, x in jax.tree_util.tree_leaves_with_path(batch):
             local = self.mesh is not None and not on(self.mesh, x) and not abstract(x)
-            examples = x.shape[0] * (self._processes if local else 1) if np.ndim(x) else 0
+            examples = x.shape[0] * (self.share[1] if local else 1) if np.ndim(x) else 0
             if examples % (self.accumulate * self._ways):
                 raise ValueError(
                     f"batch{jax.tree_util.keystr(where)} holds {examples} examples, expected a multiple of "

@@ -154,7 +154,7 @@ def test_the_seed_draws_everything(finished, place):
 
     def spy(step, state, epoch, *_):
         seen[len(seen)] = (pj.extract(state.tuned), [b["index"] for b in epoch(1)], jax.random.key_data(state.key))
-        return None
+        return train.Trained(state.tuned, train.Progress())
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(finetune, "train", spy)
@@ -207,7 +207,12 @@ def test_training_never_reads_the_test_rows(finished, place, monkeypatch):
 def test_a_run_that_peeks_at_the_test_rows_fails(finished, place, monkeypatch):
     rows = data.load(str(place / "mine.csv"))
     monkeypatch.setattr(finetune.data, "load", lambda *_: rows)
-    monkeypatch.setattr(finetune, "train", lambda *_: rows.test.open())
+
+    def peeking(step, state, *_):
+        rows.test.open()
+        return train.Trained(state.tuned, train.Progress())
+
+    monkeypatch.setattr(finetune, "train", peeking)
     with pytest.raises(RuntimeError, match="the test split was read before"):
         finetune.run(configured(place), Console(file=io.StringIO()))
 
@@ -273,6 +278,8 @@ def test_scores():
 def test_says_what_is_wrong_with_a_configuration(place):
     for changes, message in (
         ({"method": "prompt"}, "method 'prompt'; expected one of lora, full, head"),
+        ({"batch": 512}, "140 rows to train on are fewer than a batch of 512; set --config.batch="),
+        ({"mesh": "data:3"}, "the sizes multiply to 3, expected 8, the number of devices"),
         ({"pool": "max"}, "pool 'max'; expected one of mean, first"),
         ({"length": 13}, "length 13; this model takes 3 to 12 tokens"),
         ({"data": "nowhere.csv"}, "nowhere.csv: expected a file"),

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, PartitionSpec as P
 
 import peftjax as pj
 from experiments.batches import batches
@@ -47,9 +47,9 @@ def begin(mesh=None):
     return pj.make_train_step(apply, token_loss, TX, mesh), pj.train_state(tuned, TX, mesh=mesh, specs=specs)
 
 
-def losses(step, state, share=(0, 1), first=0, last=6):
+def losses(step, state, first=0, last=6):
     found = []
-    data = batches(IDS, np.arange(40) % 3, 8, (2, 4), (0,), share)
+    data = batches(IDS, np.arange(40) % 3, 8, (2, 4), (0,), step.share)
     for k in range(first, last):
         state, metrics = step(state, arrays(data[k % len(data)]))
         found.append(float(metrics["loss"]))
@@ -57,21 +57,26 @@ def losses(step, state, share=(0, 1), first=0, last=6):
 
 
 def child(index, port, folder, out):
-    """One of two processes of two devices: three steps, a checkpoint, and three more from what it restores."""
+    """One of two processes of two devices: three steps, a checkpoint, and three more from it on another mesh."""
     os.environ["XLA_FLAGS"] = re.sub(r"device_count=\d+", "device_count=2", os.environ["XLA_FLAGS"])
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_numpy_dtype_promotion", "standard")
     jax.config.update("jax_numpy_rank_promotion", "allow")
     join(f"127.0.0.1:{port}", 2, index, timeout=120)
     assert (jax.process_count(), jax.device_count()) == (2, 4)
-    mesh = make_mesh("data:2,model:2")
-    step, state = begin(mesh)
-    found, state = losses(step, state, (index, 2), 0, 3)
+    step, state = begin(make_mesh("data:2,model:2"))
+    assert step.share == (index, 2)
+    found, state = losses(step, state, 0, 3)
+    step, fresh = begin(make_mesh("model:4"))
+    assert step.share == (0, 1)  # both hold every example
     with Runs(folder, METHOD) as runs:
         runs.save(state, data={"batch": 3}, metrics={"loss": found[-1]})
         runs.wait()
-        state, data = runs.restore(begin(mesh)[1])
-    more, _ = losses(step, state, (index, 2), data["batch"], 6)
+        state, data = runs.restore(fresh)
+    more, _ = losses(step, state, data["batch"], 6)
+    turned = pj.make_train_step(None, None, None, Mesh(np.array(jax.devices())[[0, 2, 1, 3]], ("data",)))
+    with pytest.raises(ValueError, match=rf"process {index} hold the parts \[{index}, {index + 2}\] of 4"):
+        turned.share
     out.put((index, found + more))
     jax.distributed.shutdown()
 

@@ -36,6 +36,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.patience = 1  # epochs without a better validation score
 
     c.mesh = ""  # axes and sizes, as "data:2,fsdp:2,model:2", over all devices; "" is one device
+    c.join = ""  # of several processes: "auto" on Cloud TPU and under SLURM, or "host:port,n,k" for the k-th of n
+    c.timeout = 300.0  # seconds within which all processes have to be there
     c.resume = "no"  # "auto" keeps checkpoints, and goes on from the last one where there is one
     c.every = 50  # steps between checkpoints; there is one after every epoch, too
 
