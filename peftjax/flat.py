@@ -86,8 +86,13 @@ def not_finite(named: Iterable[tuple[str, Any]]) -> list[str]:
     """The names of the arrays that hold a NaN or an infinity; arrays that have no value yet are passed over."""
     known = [(k, x) for k, x in named if isinstance(x, (jax.Array, np.ndarray)) and not compat.is_traced(x)]
     with jax.ensure_compile_time_eval():
-        flags = {k: jnp.isfinite(x).all() for k, x in known if jnp.issubdtype(x.dtype, jnp.inexact)}
+        flags = {k: _is_finite(x) for k, x in known if jnp.issubdtype(x.dtype, jnp.inexact)}
         return [k for k, fine in jax.device_get(flags).items() if not fine]
+
+
+@jax.jit
+def _is_finite(x: Any) -> Any:
+    return jnp.isfinite(x).all()
 
 
 def near(name: str, names: Iterable[str]) -> str:

@@ -182,7 +182,7 @@ def twin(model, adapter, params, flat, f, ids, mask):
         before, after = ((lambda n, x: x), (lambda n, x: n(x))) if post else ((lambda n, x: n(x)), (lambda n, x: x))
         y = before(first, x)
         keys, values = (with_prefix(name, k, of(name, k)(y)) for name in ("key", "value"))
-        seen = jnp.concatenate([mask, jnp.full((len(mask), keys.shape[1] - mask.shape[1]), int(f > 0))], 1)
+        seen = jnp.concatenate([mask, jnp.full((len(mask), keys.shape[1] - mask.shape[1]), jnp.where(f > 0, 1, 0))], 1)
         h = of("out", k)(attention(of("query", k)(y), keys, values, seen))
         x = after(first, x + changed("out", k, h, x, lambda s: after(first, s)))
         h = of("down", k)(jnp.tanh(of("up", k)(before(second, x))))
@@ -234,7 +234,7 @@ def test_a_chain_is_all_its_parts(chain, model, tmp_path):
     step = jax.jit(lambda t, f: jax.value_and_grad(lambda t: loss(apply(pj.combine(t, f), IDS, MASK)), has_aux=True)(t))
     run = lambda tuned: step(*pj.partition(tuned))
 
-    @functools.partial(jax.jit, static_argnums=1)
+    @jax.jit
     def by_hand(flat, f):
         with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
             of = lambda flat: loss(twin(model, adapter, params, flat, f, IDS, MASK))

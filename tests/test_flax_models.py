@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from laws import FAST
 from zoo import MODELS
 
 import peftjax as pj
@@ -122,7 +121,7 @@ def built(name):
 def stepping(apply, inputs):
     """`step(trainable, frozen)`, compiled: the gradients of the squared outputs, and the outputs."""
 
-    @functools.partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def step(trainable, frozen):
         def loss(trainable):
             y = apply(pj.combine(trainable, frozen), **inputs)
@@ -147,7 +146,7 @@ def test_on_models_of_transformers(name, method, clip_of_old):
 
     step = stepping(apply, inputs)
     tuned = pj.combine(trainable, frozen)
-    run = jax.jit(lambda params: fn(params, **inputs), compiler_options=FAST)
+    run = jax.jit(lambda params: fn(params, **inputs))
     base, want = run(params), run(as_weights(tuned) if method == "adapter" else pj.merge(tuned))
     scale = np.abs(want).max()
     np.testing.assert_allclose(step(*pj.partition(fresh))[1], base, atol=1e-5 * scale)
