@@ -231,7 +231,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=16, help="of LoRA and DoRA; adapters are four times as wide")
     parser.add_argument("--batch", type=int, help="examples over all devices; by default one for each")
     parser.add_argument("--length", type=int, default=4096, help="tokens of an example")
-    parser.add_argument("--no-remat", action="store_true", help="keep every layer's activations")
+    parser.add_argument(
+        "--remat", default="layers", help="computed again going back: layers, all but products, or none"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON, a list of costs, instead of a table")
     parser.add_argument("--builder", default="experiments.models.decoder:planned", help="module:function of the model")
     return parser.parse_args(argv)
@@ -257,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"method {unknown[0]!r}; expected some of {', '.join(METHODS)}")
         mesh = make_mesh(asked.mesh, devices(asked.topology))
         examples = asked.batch or mesh.devices.size
-        model = _builder(asked.builder)(asked.model, mesh, examples, asked.length, not asked.no_remat)
+        model = _builder(asked.builder)(asked.model, mesh, examples, asked.length, asked.remat)
         found = roles(model.fn, model.params, model.batch)
         costs = [plan(model, mesh, METHODS[name](asked.rank), name, found) for name in wanted]
     except ValueError as error:

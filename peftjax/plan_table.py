@@ -2,10 +2,24 @@
 
 from typing import Sequence
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from peftjax.plan import GIB, Cost
+
+# What a column is called, over its unit: the numbers alone fit a terminal of 80 columns.
+COLUMNS = (
+    "trainable\nM",
+    "args\nGiB",
+    "temps\nGiB",
+    "total\nGiB",
+    "fits\n",
+    "work\nTFLOPs",
+    "time\nMcycles",
+    "moved\nGiB",
+    "compiled\ns",
+)
 
 
 def show(costs: Sequence[Cost], title: str, console: Console | None = None) -> None:
@@ -19,31 +33,32 @@ def show(costs: Sequence[Cost], title: str, console: Console | None = None) -> N
     console = Console() if console is None else console
     first = costs[0]
     hbm = "" if first.hbm is None else f" of {first.hbm / GIB:.0f} GiB"
-    table = Table(title=title, caption=f"per device: {first.devices} x {first.device}{hbm}", title_justify="left")
-    table.add_column("method")
-    names = ("trainable", "arguments", "temporaries", "total", "fits", "TFLOPs", "Mcycles", "collectives", "compiled")
-    for name in names:
-        table.add_column(name, justify="right")
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    table.add_column("method\n", no_wrap=True)
+    for name in COLUMNS:
+        table.add_column(name, justify="right", no_wrap=True)
     for c in costs:
         table.add_row(*_cells(c))
+    line = lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)
+    line(f"{title}; on each of {first.devices} x {first.device}{hbm}:")
     console.print(table)
     for c in costs:
         if c.error is not None:
-            console.print(f"{c.name}: {c.error}", markup=False)
+            line(f"{c.name}: {c.error}")
 
 
 def _cells(c: Cost) -> list[str]:
-    gib = lambda n: "-" if n is None else f"{n / GIB:.2f} GiB"
+    gib = lambda n: "-" if n is None else f"{n / GIB:,.2f}"
     moved = sum(t.bytes for t in c.collectives.values())
     return [
         c.name,
-        f"{c.trainable / 1e6:,.1f} M",
+        f"{c.trainable / 1e6:,.1f}",
         gib(c.arguments),
         gib(c.temporaries),
         gib(c.total),
         {True: "yes", False: "no", None: "?"}[c.fits],
-        f"{c.flops / 1e12:.2f}",
+        f"{c.flops / 1e12:,.2f}",
         f"{c.cycles / 1e6:,.0f}" if c.cycles else "-",
         gib(moved) if c.error is None else "-",
-        f"{c.seconds:.0f} s",
+        f"{c.seconds:.0f}",
     ]

@@ -46,10 +46,12 @@ def stacked(params):
 def test_gives_what_transformers_gives(tmp_path):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.FlaxLlamaForCausalLM(transformers.LlamaConfig(**PAGE, max_position_embeddings=64))
-    config = read_config(written(tmp_path), dtype=jnp.float32)
     ids = np.random.default_rng(0).integers(0, 31, (2, 9))
-    got = Decoder(config).apply({"params": stacked(theirs.params)}, ids)
-    np.testing.assert_allclose(got, theirs(ids).logits, atol=2e-5)
+    want = theirs(ids).logits
+    for block in (1024, 4):  # in one block, and in three of which the last is short
+        config = read_config(written(tmp_path), dtype=jnp.float32, block=block)
+        got = Decoder(config).apply({"params": stacked(theirs.params)}, ids)
+        np.testing.assert_allclose(got, want, atol=2e-5)
 
 
 def test_frequencies_of_llama_3(tmp_path):
@@ -96,4 +98,4 @@ def test_a_page_that_is_none(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere.json"):
         with pytest.raises(ValueError, match="expected a config.json of the Llama family"):
             read_config(path)
-    assert Config(**{**PAGE, "head_dim": 4}).remat
+    assert Config(**{**PAGE, "head_dim": 4}).remat == "layers"

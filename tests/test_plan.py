@@ -1,5 +1,6 @@
 """The plan: what a step costs each device, by the real compiler, for devices that are here and for some that are not."""
 
+import dataclasses
 import importlib.util
 import io
 import json
@@ -12,8 +13,9 @@ import jax
 import pytest
 from rich.console import Console
 
-from experiments.models.decoder import planned
+from experiments.models.decoder import REMAT, planned
 from peftjax import plan
+from peftjax.flops import flops
 from peftjax.plan_table import show
 from peftjax.sharding_rules import make_mesh
 
@@ -41,7 +43,7 @@ def costs(config):
     """LoRA and full fine-tuning on the eight devices that are here."""
     mesh = make_mesh("fsdp:4,model:2")
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        model = planned(config, mesh, 8, 16, True)
+        model = planned(config, mesh, 8, 16, "layers")
         return [plan.plan(model, mesh, plan.METHODS[name](1), name) for name in ("lora", "full")]
 
 
@@ -66,15 +68,30 @@ def test_work_is_counted_through_the_stack(costs):
     assert full.flops * 8 == pytest.approx(3 * (4 * forward - last) + 3 * 2 * tokens * head, rel=0.01)
 
 
+def test_products_that_are_kept_are_not_computed_again(config):
+    """Of the forward pass, the backward pass then repeats what each query finds of each key alone."""
+    mesh = make_mesh("fsdp:8")
+    models = {remat: planned(config, mesh, 8, 16, remat) for remat in REMAT}
+    tokens, layer, pairs, head = 8 * 16, 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64, 32 * 16, 32 * 64
+    plain = 2 * tokens * (3 * 3 * (layer + 2 * pairs) + 3 * head)
+    again = {"none": 0, "products": 2 * tokens * 3 * pairs, "layers": 2 * tokens * 3 * (layer + 2 * pairs - 32 * 64)}
+    for remat, model in models.items():
+        total = lambda params, batch, model=model: model.loss(model.fn(params, batch), batch)[0]
+        found = flops(jax.grad(total), model.params, model.batch)
+        assert found == pytest.approx(plain + again[remat], rel=0.01), remat
+
+
 def test_less_that_trains_is_less_to_exchange(costs):
     moved = [sum(t.bytes for t in c.collectives.values()) for c in costs]
     assert 0 < moved[0] < moved[1]
 
 
 def test_the_table(costs):
-    console = Console(file=io.StringIO(), width=160)
-    show(costs, "tiny", console)
+    console = Console(file=io.StringIO(), width=80)
+    large = dataclasses.replace(costs[1], name="adapter", trainable=405_000_000_000, arguments=2**37, flops=9e15)
+    show([*costs, large], "tiny", console)
     printed = console.file.getvalue()
+    assert "…" not in printed and max(map(len, printed.splitlines())) <= 80 and "405,000.0 128.00" in printed
     for part in ("tiny", "lora", "full", "8 x cpu", "GiB", "TFLOPs", "Mcycles"):
         assert part in printed
 
@@ -93,6 +110,7 @@ def test_the_command_prints_json(config, capsys):
         (["--mesh=fsdp:3"], "the sizes multiply to 3, expected 8"),
         (["--topology=v5e"], "topology 'v5e': expected local, or a slice such as v5e:2x4"),
         (["--builder=nowhere:planned"], "run this in its folder, or give a function of your own"),
+        (["--remat=some"], "remat 'some'; expected one of layers, products, none"),
         (["--model=nowhere.json"], "expected a config.json of the Llama family"),
     ],
 )

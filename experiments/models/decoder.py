@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from peftjax.plan import Planned
@@ -29,6 +30,13 @@ RULES = (
 )
 # What another key would change, and this model does not do.
 PLAIN = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
+# What a layer keeps for its backward pass, by the name of its part, where it does not compute everything again.
+PARTS = ("q_proj", "k_proj", "v_proj", "attention", "o_proj", "gate_proj", "up_proj", "down_proj")
+REMAT = {
+    "layers": jax.checkpoint_policies.nothing_saveable,
+    "products": jax.checkpoint_policies.save_only_these_names(*PARTS),
+    "none": None,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +54,9 @@ class Config:
     rope_theta: float = 10000.0
     rope_scaling: Any = None
     tie_word_embeddings: bool = False
-    remat: bool = True
+    remat: str = "layers"  # what is computed again: whole layers, all but "products", or "none"
     dtype: Any = jnp.bfloat16
+    block: int = 1024  # how many queries attention takes at a time: of the keys, each block sees those that it may
     stream: Any = None  # where the stream (B, T, D) lies, a NamedSharding; None leaves it to the compiler
 
 
@@ -82,7 +91,9 @@ def read_config(path: str | Path, **changes: Any) -> Config:
         if scaling.get("rope_type", scaling.get("type")) != "llama3":
             raise ValueError(f"{path}: rope_scaling is {scaling}, expected that of llama3, or none")
         filled["rope_scaling"] = tuple(sorted((k, v) for k, v in scaling.items() if isinstance(v, (int, float))))
-    given = {name: filled[name] for name in known if name in filled and name not in ("remat", "dtype", "stream")}
+    given = {
+        name: filled[name] for name in known if name in filled and name not in ("remat", "dtype", "block", "stream")
+    }
     return Config(**{**given, **changes})
 
 
@@ -118,8 +129,25 @@ class RMSNorm(nn.Module):
         return weight[None, None] * wide.astype(x.dtype)
 
 
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, block: int) -> jax.Array:
+    """Causal attention, (B, T, H, K) from q and k, v (B, T, G, K): what a block of queries may not see is left out.
+
+    That is close to half of the products, and no (T, T) array is formed.
+    """
+    t = q.shape[1]
+    if t <= block:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    ends = [(start, min(start + block, t)) for start in range(0, t, block)]
+    sees = lambda start, end: (jnp.arange(end)[None] <= jnp.arange(start, end)[:, None])[None, None]
+    some = lambda start, end: jax.nn.dot_product_attention(
+        q[:, start:end], k[:, :end], v[:, :end], mask=sees(start, end)
+    )
+    return jnp.concatenate([some(*at) for at in ends], 1)
+
+
 def _dense(c: Config, features: int, name: str) -> Callable[[jax.Array], jax.Array]:
-    return nn.Dense(features, use_bias=False, dtype=c.dtype, param_dtype=c.dtype, name=name)
+    made = nn.Dense(features, use_bias=False, dtype=c.dtype, param_dtype=c.dtype, name=name)
+    return lambda x: checkpoint_name(made(x), name)
 
 
 class Attention(nn.Module):
@@ -134,8 +162,8 @@ class Attention(nn.Module):
         angles = jnp.arange(t, dtype=jnp.float32)[:, None] * frequencies(c)[None]
         q = rotated(heads("q_proj", c.num_attention_heads), angles)
         k = rotated(heads("k_proj", c.num_key_value_heads), angles)
-        y = jax.nn.dot_product_attention(q, k, heads("v_proj", c.num_key_value_heads), is_causal=True)
-        return _dense(c, d, "o_proj")(y.reshape(b, t, -1))
+        y = attention(q, k, heads("v_proj", c.num_key_value_heads), c.block)
+        return _dense(c, d, "o_proj")(checkpoint_name(y, "attention").reshape(b, t, -1))
 
 
 class FeedForward(nn.Module):
@@ -171,7 +199,7 @@ class Model(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.embed_tokens = nn.Embed(c.vocab_size, c.hidden_size, dtype=c.dtype, param_dtype=c.dtype)
-        layer = nn.remat(Layer, prevent_cse=False) if c.remat else Layer
+        layer = Layer if REMAT[c.remat] is None else nn.remat(Layer, prevent_cse=False, policy=REMAT[c.remat])
         stack = nn.scan(layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.num_hidden_layers)
         self.layers, self.norm = stack(c), RMSNorm(c)
 
@@ -200,8 +228,14 @@ def next_token_loss(logits: jax.Array, batch: dict[str, jax.Array]) -> tuple[jax
     return each.sum(), {"weight": jnp.float32(each.size)}
 
 
-def planned(path: str, mesh: Mesh, examples: int, length: int, remat: bool) -> Planned:
-    """The model of a `config.json`, without weights, for `python -m peftjax.plan`."""
+def planned(path: str, mesh: Mesh, examples: int, length: int, remat: str) -> Planned:
+    """The model of a `config.json`, without weights, for `python -m peftjax.plan`.
+
+    Raises:
+      ValueError: a page that is none, or a `remat` that is none of `REMAT`.
+    """
+    if remat not in REMAT:
+        raise ValueError(f"remat {remat!r}; expected one of {', '.join(REMAT)}")
     axes = tuple(name for name in ("data", "fsdp") if name in mesh.axis_names)
     config = read_config(path, remat=remat, stream=NamedSharding(mesh, PartitionSpec(axes)))
     model, ids = Decoder(config), jax.ShapeDtypeStruct((examples, length), jnp.int32)
