@@ -20,6 +20,7 @@ EXPERIMENTS = [
     "tokenizers",
     "safetensors>=0.4",
     "scikit-learn",
+    "matplotlib",
     "chex",
     "huggingface_hub",
 ]
@@ -30,6 +31,8 @@ TEST = [
     "pytest-xdist>=3.5",
     "hypothesis",
     "transformers>=4.57,<5",  # the last line with Flax models, which the tests use as models written by others
+    "nbclient",  # runs the notebooks
+    "ipykernel",  # their kernel
     "mypy",
 ]
 

@@ -1,0 +1,63 @@
+"""The notebooks run from top to bottom, in a kernel of their own, with small settings."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import jax
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from test_experiments import place  # noqa: F401
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "experiments" / "notebooks"
+
+
+def executed(name, folder, **settings):
+    """The notebook of that name after all its cells have run in `folder`, with other values of its first settings."""
+    notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+    (first,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
+    names = set(re.findall(r"\w+", first.source.replace("=", " ")))
+    assert set(settings) <= names, f"{name} has no settings {set(settings) - names}"
+    first.source += "".join(f"\n{key} = {value!r}" for key, value in settings.items())
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    env = {**cache, **os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}})
+    client.execute(env=env)
+    return notebook
+
+
+def printed(notebook):
+    """All that the cells printed, tables too."""
+    outs = [out for cell in notebook.cells for out in cell.get("outputs", ())]
+    return "\n".join(out.text if out.output_type == "stream" else out.data.get("text/plain", "") for out in outs)
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_are_kept_without_results(path):
+    """They open in Colab from their own place, hold no results, and bring no other jax."""
+    page = json.loads(path.read_text())
+    code = [cell for cell in page["cells"] if cell["cell_type"] == "code"]
+    assert all(not cell["outputs"] and cell["execution_count"] is None for cell in code)
+    text = "".join(line for cell in page["cells"] for line in cell["source"])
+    assert re.search(rf"colab\.research\.google\.com/github/\S+/experiments/notebooks/{path.name}\)", text)
+    assert "--constraint" in text and "-U" not in text and "--upgrade" not in text
+    assert sum("parameters" in cell["metadata"].get("tags", ()) for cell in code) == 1
+
+
+def test_sharded(place, tmp_path):  # noqa: F811
+    small = {"model": str(place / "model"), "rows": str(place / "mine.csv"), "length": 8, "batch": 16}
+    found = printed(executed("sharded", tmp_path, **small, steps=8, every=2, plan_length=16))
+    assert "8 x cpu" in found and "{'data': 2, 'fsdp': 2, 'model': 2}" in found
+    assert re.search(r"all-reduce +\d+ times", found)
+    assert "step 4: loss" in found and "ended with -9" in found
+    after = int(re.search(r"goes on after step (\d+) with \{'batch': \1\}", found)[1])
+    assert after in (2, 4)
+    for method in ("lora", "full"):
+        assert re.search(rf"{method} +[\d.]+ +0.0\d +0.\d\d ", found), method
