@@ -1,7 +1,7 @@
 """The laws: what every method has to keep on every model.
 
     law_2("lora", "linen_dense")            # raises where the law is broken
-    python tests/laws.py [--write]          # the whole table, and its dated result in `laws_result.md`
+    python tests/laws.py [--write] [METHOD ...]     # all columns or some, and their dated result in `laws_result.md`
 
 Errors are max|difference| / max|reference|, at most 1e-5 in float32 and 2e-2 in bfloat16, against a float32 oracle; the
 trained fields are moved away from where they start, and no scale is 1.
@@ -20,7 +20,7 @@ import pathlib
 import string
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -863,9 +863,9 @@ def _usual_promotion() -> Iterator[None]:
 # The whole table
 
 
-def row(model: str) -> list[str]:
+def row(model: str, methods: Sequence[str]) -> list[str]:
     """What each method does on one model: "ok", "-" where it refuses it, or the laws that it breaks."""
-    return ["-" if refusal(method, model) else ", ".join(map(str, broken(method, model))) or "ok" for method in METHODS]
+    return ["-" if refusal(method, model) else ", ".join(map(str, broken(method, model))) or "ok" for method in methods]
 
 
 def broken(method: str, model: str) -> list[int]:
@@ -881,22 +881,39 @@ def _holds(law: int, method: str, model: str) -> bool:
     return True
 
 
-def main(folder: pathlib.Path, write: bool, workers: int = 2) -> None:
-    """Prints the table, a row a model; `write` keeps it, dated."""
-    lines = [f"| {' | '.join(cells)} |" for cells in (("model", *METHODS), ("---",) * (1 + len(METHODS)))]
-    with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=8) as pool:
-        for model, cells in zip(MODELS, pool.imap(row, MODELS)):
-            lines.append(f"| {' | '.join((model, *cells))} |")
-            print(lines[-1], flush=True)
-    said = f"""# The laws, METHODS x MODELS
+WHEN = "when, jax"
+SAID = """# The laws, METHODS x MODELS
 
-{datetime.date.today()}, jax {jax.__version__}: `python tests/laws.py --write`. ok: every law that applies holds;
-a number: that law is broken; -: the method refuses the model, with the error that its row expects.
+`python tests/laws.py --write`. ok: every law that applies holds; a number: that law is broken; -: the method refuses the
+model, with the error that its row expects.
 
 """
+
+
+def known(path: pathlib.Path) -> dict[str, dict[str, str]]:
+    """The columns of a written table: by method, what it does on each model, and when that was seen."""
+    lines = [line for line in path.read_text().splitlines() if line.startswith("|")] if path.exists() else []
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    names, rows = (rows[0][1:], rows[2:]) if rows else ([], [])
+    return {name: {row[0]: row[k] for row in rows} for k, name in enumerate(names, 1)}
+
+
+def main(path: pathlib.Path, methods: Sequence[str], write: bool, workers: int = 2) -> None:
+    """Prints the table of these methods, a row a model; `write` keeps it, dated, beside the columns of others."""
+    found: dict[str, dict[str, str]] = {m: {WHEN: f"{datetime.date.today()}, {jax.__version__}"} for m in methods}
+    with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=8) as pool:
+        for model, cells in zip(MODELS, pool.imap(functools.partial(row, methods=methods), MODELS)):
+            print(f"| {' | '.join((model, *cells))} |", flush=True)
+            for method, cell in zip(methods, cells):
+                found[method][model] = cell
     if write:
-        (folder / "laws_result.md").write_text(said + "\n".join(lines) + "\n")
+        found = known(path) | found
+        columns = [m for m in METHODS if m in found]
+        lines = [["model", *columns], ["---"] * (1 + len(columns))]
+        lines += [[name, *(found[m].get(name, "") for m in columns)] for name in (WHEN, *MODELS)]
+        path.write_text(SAID + "".join(f"| {' | '.join(cells)} |\n" for cells in lines))
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(__file__).parent, "--write" in sys.argv[1:])
+    chosen = [name for name in sys.argv[1:] if name != "--write"]
+    main(pathlib.Path(__file__).parent / "laws_result.md", chosen or list(METHODS), "--write" in sys.argv[1:])
