@@ -22,7 +22,7 @@ import jax
 import ml_collections
 import numpy as np
 import optax
-from absl import app
+from absl import app, flags, logging
 from ml_collections import config_flags
 from rich.console import Console
 
@@ -186,6 +186,8 @@ def _numbers(results: list[baselines.Result], trained: Trained) -> dict[str, Any
 
 def main(_: list[str]) -> None:
     """Runs the configuration that the flags give."""
+    if not flags.FLAGS["verbosity"].present:  # orbax has much to say of every checkpoint, on every process
+        logging.set_verbosity(logging.ERROR)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # compiling takes as long as an epoch: once is enough
         jax.config.update("jax_compilation_cache_dir", str(assets.home() / "compiled"))
     try:

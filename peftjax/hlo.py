@@ -25,8 +25,12 @@ class Op:
 
     @property
     def bytes(self) -> int:
-        """The size of what it gives, on one device."""
-        sizes = re.findall(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]", self.type)
+        """The size of what it gives, on one device; of an operation that begins, of what it will give."""
+        # Such a one has a tuple as its type: its operands, what it will give, and its own notes. A sum has that alone.
+        begins = self.opcode.endswith("-start") and self.opcode != "all-reduce-start"
+        parts = _elements(self.type) if begins else []
+        given = parts[1] if len(parts) > 1 else self.type
+        sizes = re.findall(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]", given)
         return sum(_bits(t) * math.prod(int(n) for n in dims.split(",") if n) for t, dims in sizes) // 8
 
     @property
@@ -48,6 +52,19 @@ class Traffic:
 
     count: int
     bytes: int
+
+
+def _elements(kind: str) -> list[str]:
+    """The elements of a tuple's type."""
+    depth, found = 0, [""]
+    for letter in kind.strip():
+        depth -= letter in ")]}"
+        if depth == 1 and letter == ",":
+            found.append("")
+        elif depth >= 1:
+            found[-1] += letter
+        depth += letter in "([{"
+    return found
 
 
 def _bits(kind: str) -> int:

@@ -54,6 +54,20 @@ def test_loops_count_in_full_and_copies_of_a_collective_once():
     assert program.collectives == {"all-gather": Traffic(1, 8 * 64 * 2), "all-reduce": Traffic(32, 32 * 16)}
 
 
+def test_what_begins_counts_what_it_will_give():
+    """Not its operands, which stand before it in its type."""
+    permuted = (
+        "(bf16[8,16]{1,0:T(8,128)(2,1)}, bf16[8,16]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) collective-permute-start(%x)"
+    )
+    gathered = "((bf16[8,16]{1,0}, f32[2]{0}), (bf16[8,64]{1,0}, f32[8]{0})) all-gather-start(%x, %y)"
+    lines = [f"  %p = {permuted}, channel_id=5", f"  %g = {gathered}", "  %r = f32[4]{0} all-reduce-start(%z)"]
+    begins = TEXT.replace("  %async =", "\n".join([*lines, "  %async ="]))
+    found = Program(begins).collectives
+    assert found["collective-permute"] == Traffic(1, 8 * 16 * 2)
+    assert found["all-gather"] == Traffic(2, 2 * 8 * 64 * 2 + 8 * 4)
+    assert found["all-reduce"] == Traffic(33, 33 * 16)
+
+
 def test_the_compilers_own_number_of_trips_goes_first():
     noted = TEXT.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"5"}}')
     assert Program(noted).collectives["all-reduce"].count == 5
