@@ -40,7 +40,7 @@ def product(params, x):
 
 def close(got, want, tolerance=1e-5):
     got, want = (np.asarray(x, np.float32) for x in (got, want))
-    np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * max(1, np.abs(want).max(initial=0)))
 
 
 def eqns(jaxpr, name):
