@@ -82,6 +82,59 @@ def test_reads_tensors(tmp_path, torch_names):
         np.testing.assert_array_equal(found[name], tensor)
 
 
+def streamed(path, value, names, change=lambda parts: None):
+    """A file as `torch.save` wrote it before 1.6: five pickles, then the storages."""
+    out = io.BytesIO()
+    pickler = Streamer(out, names)
+    pickler.dump(value)
+    keys = [s.reference[2] for s in pickler.storages]
+    dumped = lambda x: pickle.dumps(x, 2)
+    parts = {"magic": dumped(0x1950A86A20F9469CFC6C), "protocol": dumped(1001)}
+    parts |= {"system": dumped({"little_endian": True}), "program": out.getvalue(), "keys": dumped(keys)}
+    for s in pickler.storages:
+        parts[s.reference[2]] = s.numbers.size.to_bytes(8, "little") + s.numbers.tobytes()
+    change(parts)
+    path.write_bytes(b"".join(parts.values()))
+    return path
+
+
+class Streamer(Pickler):
+    """Its references to storages say, too, whether they are views of others."""
+
+    def persistent_id(self, x):
+        return (*x.reference, None) if isinstance(x, Storage) else None
+
+
+def test_reads_tensors_of_before_torch_1_6(tmp_path, torch_names):
+    found = read_pickle(streamed(tmp_path / "x.pth", TENSORS, torch_names))
+    assert list(found) == ["a", "b"]
+    for name, tensor in TENSORS.items():
+        np.testing.assert_array_equal(found[name], tensor)
+
+
+def part(name, change):
+    return lambda parts: parts.__setitem__(name, change(parts[name]))
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (part("magic", lambda x: pickle.dumps(7, 2)), "nor does it begin as those before torch 1.6"),
+        (part("system", lambda x: pickle.dumps({"little_endian": False}, 2)), "little-endian"),
+        (part("program", lambda x: b"\x80\x02c__builtin__\neval\n."), "__builtin__.eval"),
+        (part("keys", lambda x: pickle.dumps(["0", "0"], 2)), "the storage 0 is cut off, there twice"),
+        (part("keys", lambda x: pickle.dumps(["0", "7"], 2)), "the storage 7 is cut off, there twice, or of no tensor"),
+        (part("1", lambda x: x[:-1]), "the storage 1 is cut off"),
+        (part("1", lambda x: x + b"x"), "goes on behind its last storage"),
+        (part("0", lambda x: (5).to_bytes(8, "little") + x[8:]), "damaged"),
+        (lambda parts: parts.pop("keys"), "damaged"),
+    ],
+)
+def test_damaged_of_before_torch_1_6(change, message, tmp_path, torch_names):
+    with pytest.raises(ValueError, match=message):
+        read_pickle(streamed(tmp_path / "x.pth", TENSORS, torch_names, change))
+
+
 class Evil:
     """Asks, when it is unpickled, for a call."""
 

@@ -1,17 +1,19 @@
-"""Tensors in torch's `.bin` files, read without running them: an interpreter that knows dictionaries and tensors alone.
+"""Tensors in the files that `torch.save` writes, read without torch and without running them.
 
-A pickle is a program, and the usual reader calls whatever it names. This one follows the few instructions that
-`torch.save` writes for a dictionary of tensors, calls nothing, and refuses every other instruction and name.
+There are two: since torch 1.6 a zip file of the program and of one entry per storage, before that one stream of
+programs with the storages behind them.
 """
 
+import io
 import math
-import pickletools
 import zipfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, Callable, Collection, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+
+from peftjax.interop.pickle_machine import Name, Program
 
 STORAGES = {
     **{
@@ -25,47 +27,87 @@ STORAGES = {
 }
 DICTIONARY, TENSOR = ("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor_v2")
 PARAMETER = ("torch._utils", "_rebuild_parameter")
-ADMITTED = {DICTIONARY, TENSOR, PARAMETER, *(("torch", name) for name in STORAGES)}
-LIMIT = 1_000_000  # instructions; a state of a thousand tensors takes some thirty thousand
-VALUES = {"BININT", "BININT1", "BININT2", "BINFLOAT", "LONG1", "BINUNICODE", "SHORT_BINUNICODE"}
-CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # what a file before torch 1.6 begins with
 
 
-class Name(NamedTuple):
-    """A name that the program may use; it stands for itself and is never looked up."""
+class Storage(NamedTuple):
+    """Numbers of tensors that lie elsewhere in the file: their kind, what they are called there, how many."""
 
-    module: str
-    name: str
+    kind: Any
+    key: str
+    length: int
 
 
-class Mark:
-    """Where a run of items begins on the stack."""
+class View(NamedTuple):
+    """A tensor: a part of the numbers of a storage."""
+
+    storage: Storage
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def of(self, numbers: np.ndarray) -> np.ndarray:
+        """The tensor, of the storage's numbers."""
+        steps = [step * numbers.itemsize for step in self.stride]
+        return np.lib.stride_tricks.as_strided(numbers[self.offset :], self.size, steps, writeable=False).copy()
+
+
+class Tensors:
+    """The format of a dictionary of tensors: torch's names stand for `Storage` and `View`."""
+
+    admitted: Collection[tuple[str, str]] = {DICTIONARY, TENSOR, PARAMETER, *(("torch", name) for name in STORAGES)}
+
+    def persistent(self, reference: Any) -> Storage:
+        """A storage."""
+        kind, name, key, _, count, *rest = reference
+        known = isinstance(name, Name) and name.name in STORAGES
+        if kind != "storage" or not known or not str(key).isalnum() or type(count) is not int or any(rest):
+            raise ValueError(f"it refers to {reference!r}, expected numbers of a tensor")
+        return Storage(STORAGES[name.name], str(key), count)
+
+    def made(self, name: Any, arguments: Any) -> Any:
+        """A tensor, or the dictionary that holds them."""
+        if name == DICTIONARY and arguments == ():
+            return {}
+        if name == PARAMETER and isinstance(arguments[0], View):
+            return arguments[0]
+        if name != TENSOR or not isinstance(arguments[0], Storage):
+            raise ValueError(f"it makes something of {name!r}, expected a tensor")
+        storage, offset, size, stride = arguments[:4]
+        if not all(type(n) is int and n >= 0 for n in (offset, *size, *stride)) or len(size) != len(stride):
+            raise ValueError(f"a tensor has size {size}, stride {stride} and offset {offset}")
+        last = offset + sum((n - 1) * step for n, step in zip(size, stride))
+        if math.prod(size) and (last >= storage.length or math.prod(size) > storage.length):
+            raise ValueError(f"a tensor of size {size} and stride {stride} does not lie in {storage.length} numbers")
+        return View(storage, offset, tuple(size), tuple(stride))
+
+    def built(self, value: Any, state: Any) -> Any:
+        """A state dictionary, without the versions of modules that it carries."""
+        if type(value) is not dict:
+            raise ValueError(f"it fills a {type(value).__name__}, expected a dict")
+        return value
 
 
 def read_pickle(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a `.bin` file that `torch.save` wrote: a flat dictionary of tensors.
+    """The tensors of a file that `torch.save` wrote: a flat dictionary of tensors.
 
     Raises:
-      ValueError: the file is missing, damaged, of the format before torch 1.6, or holds anything but tensors; what it
-        asks for is named, and never run.
+      ValueError: the file is missing, damaged, or holds anything but tensors; what it asks for is named, and never run.
     """
     if not path.is_file():
         raise ValueError(f"{path} is missing")
-    if not zipfile.is_zipfile(path):
-        raise ValueError(
-            f"{path} is no zip file: truncated, or written before torch 1.6; save it anew with safetensors"
-        )
     try:
-        with zipfile.ZipFile(path) as archive:
-            return _tensors(archive)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                return _from_zip(archive)
+        return _from_stream(path.read_bytes())
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} is damaged, or holds more than tensors: {error}") from None
     except (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError, OSError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
 
 
-def _tensors(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
+def _from_zip(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
     programs = [name for name in archive.namelist() if name == "data.pkl" or name.endswith("/data.pkl")]
     if len(programs) != 1:
         raise ValueError(f"it has {len(programs)} entries called data.pkl, expected one")
@@ -73,12 +115,8 @@ def _tensors(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
     order = root + "byteorder"
     if order in archive.namelist() and archive.read(order) != b"little":
         raise ValueError("its numbers are not little-endian")
-    found = Program(archive, root).run(_entry(archive, programs[0]))
-    if not isinstance(found, dict) or not all(isinstance(x, np.ndarray) for x in found.values()):
-        raise ValueError("it holds no flat dictionary of tensors")
-    if bad := [name for name in found if not isinstance(name, str)]:
-        raise ValueError(f"its tensors have names that are no strings: {bad[:3]}")
-    return found
+    found = _dictionary(io.BytesIO(_entry(archive, programs[0])))
+    return _filled(found, lambda key: _entry(archive, f"{root}data/{key}"))
 
 
 def _entry(archive: zipfile.ZipFile, name: str) -> bytes:
@@ -88,106 +126,41 @@ def _entry(archive: zipfile.ZipFile, name: str) -> bytes:
     return archive.read(name)
 
 
-class Program:
-    """The machine: a stack, a memory, and the file's other entries for the numbers of tensors."""
-
-    def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
-        self.archive, self.root = archive, root
-        self.stack: list[Any] = []
-        self.memory: dict[int, Any] = {}
-
-    def run(self, code: bytes) -> Any:
-        """What the program leaves on the stack."""
-        for count, (op, argument, _) in enumerate(pickletools.genops(code)):
-            if count > LIMIT:
-                raise ValueError(f"more than {LIMIT} instructions")
-            if op.name == "STOP":
-                if len(self.stack) != 1:
-                    raise ValueError(f"it ends with {len(self.stack)} values, expected one")
-                return self.stack.pop()
-            self._step(op.name, argument)
-        raise ValueError("it does not end")
-
-    def _step(self, op: str, argument: Any) -> None:
-        push, pop = self.stack.append, self.stack.pop
-        if op in VALUES:
-            push(argument)
-        elif op in CONSTANTS:
-            push(CONSTANTS[op])
-        elif op in ("PROTO", "FRAME"):
-            pass
-        elif op == "MARK":
-            push(Mark)
-        elif op in ("EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE"):
-            push({"EMPTY_DICT": {}, "EMPTY_LIST": [], "EMPTY_TUPLE": ()}[op])
-        elif op in TUPLES or op == "TUPLE":
-            push(tuple(reversed([pop() for _ in range(TUPLES[op])])) if op in TUPLES else tuple(self._run()))
-        elif op in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            self.memory[len(self.memory) if argument is None else argument] = self.stack[-1]
-        elif op in ("BINGET", "LONG_BINGET"):
-            push(self.memory[argument])
-        elif op == "GLOBAL":
-            push(_admitted(*argument.split(" ", 1)))
-        elif op == "STACK_GLOBAL":
-            name, module = pop(), pop()
-            push(_admitted(module, name))
-        elif op in ("SETITEM", "SETITEMS"):
-            items = self._run() if op == "SETITEMS" else list(reversed([pop(), pop()]))
-            self._of(dict).update(zip(items[::2], items[1::2], strict=True))
-        elif op in ("APPEND", "APPENDS"):
-            items = self._run() if op == "APPENDS" else [pop()]
-            self._of(list).extend(items)
-        elif op == "BINPERSID":
-            push(self._storage(pop()))
-        elif op == "REDUCE":
-            arguments, name = pop(), pop()
-            push(_made(name, arguments))
-        elif op == "BUILD":
-            pop()  # the versions of modules that a state dictionary carries
-            self._of(dict)
-        else:
-            raise ValueError(f"it uses the instruction {op}, which no dictionary of tensors needs")
-
-    def _run(self) -> list[Any]:
-        start = max(k for k, x in enumerate(self.stack) if x is Mark)  # by identity: tensors compare by element
-        items = self.stack[start + 1 :]
-        del self.stack[start:]
-        return items
-
-    def _of(self, kind: type) -> Any:
-        if type(self.stack[-1]) is not kind:
-            raise ValueError(f"it fills a {type(self.stack[-1]).__name__}, expected a {kind.__name__}")
-        return self.stack[-1]
-
-    def _storage(self, reference: Any) -> np.ndarray:
-        kind, name, key, _, count = reference
-        if kind != "storage" or not isinstance(name, Name) or name.name not in STORAGES or not str(key).isalnum():
-            raise ValueError(f"it refers to {reference!r}, expected numbers of a tensor")
-        data = _entry(self.archive, f"{self.root}data/{key}")
-        numbers = np.frombuffer(data, STORAGES[name.name])
-        if numbers.size != count:
-            raise ValueError(f"data/{key} holds {numbers.size} numbers, expected {count}")
-        return numbers
+def _from_stream(data: bytes) -> dict[str, np.ndarray]:
+    file, read = io.BytesIO(data), lambda: Program(Tensors()).run(file)
+    if not data.startswith(b"\x80") or read() != MAGIC or read() != PROTOCOL:
+        raise ValueError("it is no zip file, nor does it begin as those before torch 1.6 do")
+    if not read()["little_endian"]:
+        raise ValueError("its numbers are not little-endian")
+    found, keys = _dictionary(file), read()
+    storages = {view.storage.key: view.storage for view in found.values()}
+    lying: dict[str, bytes] = {}
+    for key in keys:
+        count = int.from_bytes(file.read(8), "little")
+        size = count * np.dtype(storages[key].kind).itemsize if key in storages else -1
+        if not 0 <= size <= len(data) - file.tell() or key in lying:
+            raise ValueError(f"the storage {key} is cut off, there twice, or of no tensor")
+        lying[key] = file.read(size)
+    if file.read(1):
+        raise ValueError("it goes on behind its last storage")
+    return _filled(found, lying.__getitem__)
 
 
-def _admitted(module: Any, name: Any) -> Name:
-    if (module, name) not in ADMITTED:
-        raise ValueError(f"it asks for {module}.{name}, which is not run; only tensors are read")
-    return Name(module, name)
+def _dictionary(file: IO[bytes]) -> dict[str, View]:
+    found = Program(Tensors()).run(file)
+    if not isinstance(found, dict) or not all(isinstance(x, View) for x in found.values()):
+        raise ValueError("it holds no flat dictionary of tensors")
+    if bad := [name for name in found if not isinstance(name, str)]:
+        raise ValueError(f"its tensors have names that are no strings: {bad[:3]}")
+    return found
 
 
-def _made(name: Any, arguments: Any) -> Any:
-    if name == DICTIONARY and arguments == ():
-        return {}
-    if name == PARAMETER and isinstance(arguments[0], np.ndarray):
-        return arguments[0]
-    if name != TENSOR or not isinstance(arguments[0], np.ndarray):
-        raise ValueError(f"it makes something of {name!r}, expected a tensor")
-    numbers, offset, size, stride = arguments[:4]
-    if not all(type(n) is int and n >= 0 for n in (offset, *size, *stride)) or len(size) != len(stride):
-        raise ValueError(f"a tensor has size {size}, stride {stride} and offset {offset}")
-    last = offset + sum((n - 1) * step for n, step in zip(size, stride))
-    if math.prod(size) and (last >= numbers.size or math.prod(size) > numbers.size):
-        raise ValueError(f"a tensor of size {size} and stride {stride} does not lie in {numbers.size} numbers")
-    steps = [step * numbers.itemsize for step in stride]
-    return np.lib.stride_tricks.as_strided(numbers[offset:], size, steps, writeable=False).copy()
+def _filled(found: dict[str, View], read: Callable[[str], bytes]) -> dict[str, np.ndarray]:
+    return {name: view.of(_numbers(view.storage, read(view.storage.key))) for name, view in found.items()}
+
+
+def _numbers(storage: Storage, data: bytes) -> np.ndarray:
+    numbers = np.frombuffer(data, storage.kind)
+    if numbers.size != storage.length:
+        raise ValueError(f"data/{storage.key} holds {numbers.size} numbers, expected {storage.length}")
+    return numbers
