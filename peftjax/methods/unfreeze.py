@@ -125,27 +125,49 @@ def _in_head(role: Role | None, roles: Any) -> bool:
 
 @method
 def last_layers(n: int) -> Method:
-    """Trains the last n layers that hold a kernel, in the order in which the model runs, and everything in their modules.
+    """Trains the last n layers that hold a kernel, in the order in which the model runs, and prints which these are.
+
+    A layer is a kernel's module and all in it, and the norms that run after it: their scales and biases, not the
+    statistics that a batch norm keeps.
 
     Args:
       n: how many; at least 1.
 
     Raises:
       ValueError: n below 1, more layers than the model has, or no roles.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, peftjax as pj
+      >>> fn = lambda p, x: (x @ p["up"]["kernel"] * p["norm"]["scale"]) @ p["down"]["kernel"]
+      >>> params = {k: {"kernel": jnp.ones((2, 2))} for k in ("down", "up")} | {"norm": {"scale": jnp.ones((1, 2))}}
+      >>> tuned = pj.last_layers(2).init(jax.random.key(0), params, pj.roles(fn, params, jnp.ones((1, 2))))
+      last_layers(2): up, norm, down
+      >>> deeper = pj.last_layers(1).init(jax.random.key(0), params, pj.roles(fn, params, jnp.ones((1, 2))))
+      last_layers(1): down
     """
     if n < 1:
         raise ValueError(f"last_layers: expected at least 1 layer, found n={n}")
 
     def start(key: Any, params: Any, roles: Any) -> Any:
         _needed(roles, "last_layers")
-        kernels = [path for path, role in roles.items() if role.op in ("linear", "conv")]
-        kernels.sort(key=lambda path: roles[path].order)
-        modules = list(dict.fromkeys(path.rpartition("/")[0] for path in reversed(kernels)))
-        if n > len(modules):
-            raise ValueError(f"last_layers: n={n}, and the model has {len(modules)} layers: {', '.join(modules)}")
-        return unfreeze(lambda path, role: path.rpartition("/")[0] in modules[:n]).init(key, params, roles)
+        modules = _last(roles, n)
+        print(f"last_layers({n}): {', '.join(modules)}")
+        return unfreeze(lambda path, role: path.rpartition("/")[0] in modules).init(key, params, roles)
 
     return Method(name="", options={}, start=start)
+
+
+def _last(roles: Any, n: int) -> list[str]:
+    """The modules of the last n layers, in the order in which they run."""
+    used = sorted((path for path in roles if roles[path].op != "unused"), key=lambda path: roles[path].order)
+    module = lambda path: path.rpartition("/")[0]
+    layers = list(dict.fromkeys(module(path) for path in reversed(used) if roles[path].op in ("linear", "conv")))
+    if n > len(layers):
+        raise ValueError(f"last_layers: n={n}, and the model has {len(layers)} layers: {', '.join(layers)}")
+    chosen = set(layers[:n])
+    first = min(roles[path].order for path in used if module(path) in chosen)
+    norms = {module(path) for path in used if roles[path].op == "scale" and roles[path].order > first}
+    return list(dict.fromkeys(module(path) for path in used if module(path) in chosen | norms))
 
 
 def _needed(roles: Any, name: str) -> None:
