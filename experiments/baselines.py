@@ -2,13 +2,15 @@
 
 import dataclasses
 import time
-from typing import Any, Callable, Sequence
+from typing import Any, Callable
 
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
 
-from experiments.data import Rows
+from experiments.data import E, Rows
 
 INVERSE_PENALTIES = (0.01, 0.1, 1.0, 10.0, 100.0)
 
@@ -61,17 +63,18 @@ def words(train: Rows, validation: Rows, test: Rows) -> Result:
     )
 
 
-def probe(features: Callable[[Sequence[str]], np.ndarray], train: Rows, validation: Rows, test: Rows) -> Result:
-    """Logistic regression on features of texts, (N, D), which stay as they are."""
+def probe(features: Callable[[E], np.ndarray], train: E, validation: E, test: E) -> Result:
+    """Logistic regression on features of examples, (N, D), which stay as they are."""
     start = time.perf_counter()
-    x = features(train.texts)
-    mean, deviation = x.mean(0), x.std(0) + 1e-6
-    scaled = lambda x: (x - mean) / deviation
-    fitted = _fitted(scaled(x), train.labels, scaled(features(validation.texts)), validation.labels)
+    fitted = linear(features(train), train.labels, features(validation), validation.labels)
     seconds = time.perf_counter() - start
-    return Result(
-        "frozen linear probe", fitted.predict(scaled(features(test.texts))) == test.labels, _size(fitted), seconds
-    )
+    return Result("frozen linear probe", fitted.predict(features(test)) == test.labels, _size(fitted[-1]), seconds)
+
+
+def linear(x: np.ndarray, y: np.ndarray, x_chosen_on: np.ndarray, y_chosen_on: np.ndarray) -> Pipeline:
+    """Logistic regression on features, (N, D), each brought to mean 0 and deviation 1."""
+    scaled = StandardScaler().fit(x)
+    return make_pipeline(scaled, _fitted(scaled.transform(x), y, scaled.transform(x_chosen_on), y_chosen_on))
 
 
 def _fitted(x: Any, y: np.ndarray, x_chosen_on: Any, y_chosen_on: np.ndarray) -> LogisticRegression:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Iterable, Sequence
+from typing import Any, Generic, Iterable, Protocol, Self, Sequence, TypeVar
 
 import numpy as np
 
@@ -11,6 +11,18 @@ from experiments.columns import Picked
 
 SPLIT_SEED = 0  # of the splits made here; the seed of a run never moves a row from one split to another
 SHARES = {"train": 0.7, "validation": 0.15, "test": 0.15}
+
+
+class Examples(Protocol):
+    """Inputs and their labels."""
+
+    @property
+    def labels(self) -> np.ndarray: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, at: Any) -> Self: ...
+
+
+E = TypeVar("E", bound=Examples)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,13 +39,13 @@ class Rows:
         return Rows(Picked(self.texts, at), self.labels[at])
 
 
-class Sealed:
+class Sealed(Generic[E]):
     """The test split: it opens once, at the end; every choice is made on the validation split."""
 
-    def __init__(self, rows: Rows):
+    def __init__(self, rows: E):
         self._rows, self.opened = rows, False
 
-    def open(self) -> Rows:
+    def open(self) -> E:
         """The rows, the first time.
 
         Raises:
@@ -48,16 +60,16 @@ class Sealed:
 
 
 @dataclasses.dataclass(frozen=True)
-class Dataset:
+class Dataset(Generic[E]):
     """Three splits, and what the labels are called."""
 
-    train: Rows
-    validation: Rows
-    test: Sealed
+    train: E
+    validation: E
+    test: Sealed[E]
     names: tuple[str, ...]
 
 
-def load(name: str, text: str = "text", label: str = "label", classes: Sequence[str] = ()) -> Dataset:
+def load(name: str, text: str = "text", label: str = "label", classes: Sequence[str] = ()) -> Dataset[Rows]:
     """A data set of texts and labels.
 
     Args:
@@ -77,13 +89,17 @@ def load(name: str, text: str = "text", label: str = "label", classes: Sequence[
         names = tuple(classes) or tuple(sorted(set(labels)))
         if len(names) < 2:
             raise ValueError(f"{name}: every label in {label!r} is {names[0]!r}; expected at least two kinds")
-        return _cut({"train": _checked(name, texts, labels, names)}, names)
+        return cut({"train": _checked(name, texts, labels, names)}, names)
     splits, names = catalogue.reviews() if name == "reviews" else catalogue.public(name, text, label)
-    return _cut({split: _checked(f"{name}, {split}", *columns, names) for split, columns in splits.items()}, names)
+    return cut({split: _checked(f"{name}, {split}", *columns, names) for split, columns in splits.items()}, names)
 
 
-def _cut(splits: dict[str, Rows], names: tuple[str, ...]) -> Dataset:
-    """Cuts the validation and test splits that are missing from the training split."""
+def cut(splits: dict[str, E], names: tuple[str, ...]) -> Dataset[E]:
+    """Cuts the validation and test splits that are missing from the training split.
+
+    Raises:
+      ValueError: too few rows.
+    """
     rows = splits["train"]
     order = np.random.default_rng(SPLIT_SEED).permutation(len(rows))
     for split in ("validation", "test"):

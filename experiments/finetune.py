@@ -32,6 +32,7 @@ from experiments.batches import batches
 from experiments.classifier import ADAPTER, Classifier, Page
 from experiments.interruption import Interrupted
 from experiments.models.bert import RULES
+from experiments.schedules import warm_then_linear
 from experiments.train import Limits, Trained, cross_entropy, predict, score, train
 from peftjax.runs import Runs
 from peftjax.sharding_rules import by_rules, make_mesh, within
@@ -79,7 +80,7 @@ def run(c: ml_collections.ConfigDict, console: Console) -> list[baselines.Result
     results = [
         baselines.majority(rows.train, test),
         baselines.words(rows.train, rows.validation, test),
-        baselines.probe(lambda x: features(model.params, read(x), len(x)), rows.train, rows.validation, test),
+        baselines.probe(lambda x: features(model.params, read(x.texts), len(x)), rows.train, rows.validation, test),
         baselines.Result(f"this run ({c.method})", guesses == test.labels, pj.count(tuned).trainable, seconds),
     ]
     if not processes.is_first():
@@ -131,8 +132,8 @@ def fit(
     def logits_of(tuned: Any, ids: Sequence[Any]) -> np.ndarray:
         return logits(tuned, plan(ids, np.zeros(len(ids), np.int32), share=step.share), len(ids))
 
-    def validate(tuned: Any) -> Any:
-        return score(logits_of(tuned, chosen_on), validation.labels)
+    def validate(state: pj.TrainState) -> Any:
+        return score(logits_of(state.tuned, chosen_on), validation.labels)
 
     with display.Bar(console) as bar, _runs(c, method, roles) as runs:
         trained = train(step, state, epoch, validate, Limits(c.epochs, c.patience), bar, runs, c.every)
@@ -156,12 +157,7 @@ def folder_of_run(c: ml_collections.ConfigDict) -> Path:
 
 def optimizer(c: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
     """AdamW under clipped gradients; the rate rises linearly, then falls linearly to 0."""
-    warm = max(1, round(c.warmup * steps))
-    rise, fall = (
-        optax.linear_schedule(0.0, c.rate[c.method], warm),
-        optax.linear_schedule(c.rate[c.method], 0.0, steps - warm),
-    )
-    schedule = optax.join_schedules([rise, fall], [warm])
+    schedule = warm_then_linear(c.rate[c.method], c.warmup, steps)
     return optax.chain(optax.clip_by_global_norm(c.clip), optax.adamw(schedule, weight_decay=c.decay))
 
 

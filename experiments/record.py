@@ -35,6 +35,35 @@ def append(path: Path, config: Mapping[str, Any], results: Mapping[str, Any]) ->
         file.write(json.dumps(row) + "\n")
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of results; none where there is no file.
+
+    A last row that is half written, by a run that was killed meanwhile, is taken out of the file; the others stay.
+
+    Raises:
+      ValueError: another row is no JSON object.
+    """
+    if not path.is_file():
+        return []
+    whole, _, half = path.read_text().rpartition("\n")
+    if half:
+        whole_too = _row(half)
+        path.write_text("".join(f"{line}\n" for line in (*whole.splitlines(), *([half] if whole_too else []))))
+        return read(path)
+    rows = [_row(line) for line in whole.splitlines()]
+    if bad := [k for k, row in enumerate(rows, 1) if row is None]:
+        raise ValueError(f"{path}, line {bad[0]} is no row of results; expected a JSON object on each line")
+    return [row for row in rows if row is not None]
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
 def commit() -> str:
     """The commit of this code, with "+" where files that git knows were changed since; "unknown" without git."""
     here = Path(__file__).parent

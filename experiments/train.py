@@ -65,10 +65,11 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """What training gave: the tree after the best epoch, and how the run went."""
+    """What training gave: the tree and the model's state after the best epoch, and how the run went."""
 
     tuned: Any
     progress: Progress
+    model_state: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +97,7 @@ def train(
     step: pj.TrainStep,
     state: pj.TrainState,
     epoch: Callable[[int], grain.MapDataset],
-    validate: Callable[[Any], Score],
+    validate: Callable[[pj.TrainState], Score],
     limits: Limits,
     shown: Shown,
     runs: Runs | None = None,
@@ -107,7 +108,7 @@ def train(
     Args:
       step, state: of `peftjax.make_train_step` and `peftjax.train_state`.
       epoch: `epoch(number)`, the batches of an epoch, from 1.
-      validate: the score of a tuned tree on rows that are not trained on. Higher accuracy is better, then lower loss.
+      validate: the score of a state on rows that are not trained on. Higher accuracy is better, then lower loss.
       limits: when to stop.
       shown: where progress is shown.
       runs: where checkpoints go, after every epoch and `every` so many steps, and whence the run goes on; None for none.
@@ -148,7 +149,7 @@ def train(
                 if every and int(state.step) % every == 0:
                     save()
                 interruption.check(int(state.step), save)
-            score = validate(state.tuned)
+            score = validate(state)
             now.scores.append(score)
             if better := now.best == 0 or _rank(score) > _rank(now.scores[now.best - 1]):
                 now.best, kept = now.epoch, _copy(state)
@@ -157,7 +158,7 @@ def train(
             save(**({"epoch": now.epoch - 1} if better else {}))
     if runs is not None:
         runs.wait()
-    return Trained(kept.tuned, now)
+    return Trained(kept.tuned, now, kept.model_state)
 
 
 def _reading(batches: grain.MapDataset, now: Progress) -> Any:
@@ -178,8 +179,9 @@ def _check(state: pj.TrainState, loss: float, limits: Limits, save: Callable[[],
 
 
 def _copy(state: pj.TrainState) -> pj.TrainState:
-    """The state with its own copy of what trains, for a step donates that."""
-    return dataclasses.replace(state, trainable=jax.tree.map(jnp.copy, state.trainable))
+    """The state with its own copy of what a model is made of, for a step donates that."""
+    copied = lambda tree: jax.tree.map(jnp.copy, tree)
+    return dataclasses.replace(state, trainable=copied(state.trainable), model_state=copied(state.model_state))
 
 
 def _rank(score: Score) -> tuple[float, float]:

@@ -237,8 +237,8 @@ def loop():
     def run(scores, patience, rate=0.1, steps=1):
         left, seen, tx = iter(scores), [], optax.sgd(rate)
 
-        def validate(tuned):
-            seen.append(np.asarray(tuned["w"].value))
+        def validate(state):
+            seen.append(np.asarray(state.tuned["w"].value))
             return train.Score(*next(left))
 
         step = pj.make_train_step(apply, train.cross_entropy, tx)

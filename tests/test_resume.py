@@ -61,8 +61,8 @@ def go(folder, seen, pause=0.0, limit=None):
             file.write(b".")
         return step(state, batch)
 
-    def validate(tuned):
-        kernel = np.asarray(pj.merge(tuned)["down"])
+    def validate(state):
+        kernel = np.asarray(pj.merge(state.tuned)["down"])
         return train.Score(0.5, float(np.abs(kernel).sum()))
 
     epoch = lambda number: grain.MapDataset.source(rows).seed(number).shuffle()

@@ -1,0 +1,252 @@
+"""Transfer learning of a convolutional network: strategies side by side, by the number of training images.
+
+python experiments/finetune_image.py
+python experiments/finetune_image.py --config.data=photos/ --config.size=96
+python experiments/finetune_image.py --config.strategies=last,lora,gradual --config.rows=1000
+
+Finished runs are rows of a file of results; a second call does what is missing, and shows all.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable, Sequence
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jax
+import ml_collections
+import numpy as np
+import optax
+from absl import app
+from ml_collections import config_flags
+from rich.console import Console
+
+import peftjax as pj
+from experiments import assets, baselines, display, images, record, report, vision
+from experiments.images import Images, batches
+from experiments.schedules import warm_then_linear
+from experiments.train import Limits, Trained, cross_entropy, predict, score, train
+
+CONFIG = config_flags.DEFINE_config_file("config", str(Path(__file__).parent / "configs" / "digits.py"))
+
+LISTS = ("strategies", "rows", "seeds")  # what a call goes through
+FREE = (*LISTS, "out")  # what does not matter to a single run
+HEAD = ("classifier",)
+
+Strategy = Callable[[ml_collections.ConfigDict], Sequence[pj.Method]]
+STRATEGIES: dict[str, Strategy] = {
+    "last": lambda c: [pj.unfreeze(HEAD)],
+    "few": lambda c: [pj.last_layers(c.few)],
+    "whole": lambda c: [pj.full()],
+    "lora": lambda c: [pj.chain(pj.lora(c.lora.rank, c.lora.alpha, targets=c.lora.targets), pj.unfreeze(HEAD))],
+    "adapters": lambda c: [
+        pj.chain(pj.adapter("houlsby", bottleneck=c.adapter.bottleneck, targets=c.adapter.targets), pj.unfreeze(HEAD))
+    ],
+    "gradual": lambda c: [*(pj.last_layers(n) for n in c.stages), pj.full()],
+    "scratch": lambda c: [pj.full()],
+}
+PROBE = "probe"  # logistic regression on the frozen network's features
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run: how, on how many training images, and with which seed."""
+
+    strategy: str
+    rows: int
+    seed: int
+
+    def settings(self, c: ml_collections.ConfigDict) -> dict[str, Any]:
+        """All that its result depends on, as JSON reads it again."""
+        kept = {name: value for name, value in c.to_dict().items() if name not in FREE}
+        kept["rate"] = kept["rate"].get(self.strategy)
+        return json.loads(json.dumps({**kept, **dataclasses.asdict(self)}))
+
+
+@dataclasses.dataclass(frozen=True)
+class Tools:
+    """What the runs of one strategy share, compiled once for each of its stages.
+
+    Attributes:
+      step: the train step.
+      logits: of a tree and its statistics, as `experiments.train.predict` makes them.
+    """
+
+    step: pj.TrainStep
+    logits: Callable[..., np.ndarray]
+
+
+def run(c: ml_collections.ConfigDict, console: Console) -> list[dict[str, Any]]:
+    """Does every run that the file of results lacks, and prints and plots all.
+
+    Args:
+      c: as `configs/digits.py` describes it.
+      console: where to print.
+
+    Returns:
+      The rows of these runs in the file of results.
+
+    Raises:
+      ValueError: a strategy or network that is not known, or too few images.
+    """
+    wanted = runs(c)
+    data = images.load(c.data, c.size, c.image, c.label)
+    if max(c.rows) > len(data.train) or min(c.rows) < len(data.names):
+        raise ValueError(
+            f"rows {tuple(c.rows)}: expected {len(data.names)}, the number of classes, to {len(data.train)}, that of the "
+            "training images"
+        )
+    path = Path(c.out) / f"images-{Path(c.data).stem}.jsonl"
+    lab = Lab(c, data, console)
+    for one in wanted:
+        if found(record.read(path), one, c) is None:
+            record.append(path, one.settings(c), lab.result(one))
+    rows = [row for one in wanted if (row := found(record.read(path), one, c)) is not None]
+    console.print(report.table([row["results"] for row in rows]))
+    picture = report.plot([row["results"] for row in rows], path.with_suffix(".png"))
+    console.print(f"{len(rows)} runs are in {path}, and a plot of them in {picture}")
+    return rows
+
+
+def runs(c: ml_collections.ConfigDict) -> list[Run]:
+    """The runs that a configuration asks for, seed by seed.
+
+    Raises:
+      ValueError: a strategy that is not known.
+    """
+    names = ",".join(c.strategies).split(",")  # a flag of several names is one string
+    if unknown := [name for name in names if name not in (*STRATEGIES, PROBE)]:
+        raise ValueError(f"strategy {unknown[0]!r}; expected one of {', '.join((PROBE, *STRATEGIES))}")
+    return [Run(how, n, seed) for seed, n, how in itertools.product(c.seeds, c.rows, names)]
+
+
+def found(rows: Sequence[dict[str, Any]], one: Run, c: ml_collections.ConfigDict) -> dict[str, Any] | None:
+    """The row of a run in a file of results, if it was done with the same settings."""
+    settings = one.settings(c)
+    return next((row for row in rows if row["config"] == settings), None)
+
+
+class Lab:
+    """Does runs, one after the other, on one network and one data set.
+
+    Args:
+      c: the configuration.
+      data: the splits; the test split is opened when the first run has made its choices.
+      console: where to print.
+    """
+
+    def __init__(self, c: ml_collections.ConfigDict, data: Any, console: Console):
+        if c.model not in vision.NETS:
+            raise ValueError(f"model {c.model!r}; expected one of {', '.join(vision.NETS)}")
+        self.c, self.data, self.console = c, data, console
+        augment = vision.Augment(**c.augment.to_dict())
+        self.model = vision.Classifier(vision.NETS[c.model], len(data.names), augment, c.momentum)
+        self.roles = self.model.roles(*self.model.pretrained(0), c.size)
+        self._tools: dict[tuple[str, int], Tools] = {}
+
+    @functools.cached_property
+    def test(self) -> Images:
+        """The test images."""
+        return self.data.test.open()
+
+    def result(self, one: Run) -> dict[str, Any]:
+        """What a run gives: accuracies on the three splits, seconds of training, and what trained."""
+        self.console.print(f"{one.strategy}, {one.rows:,} images, seed {one.seed}")
+        order = np.random.default_rng((one.seed, one.rows)).permutation(len(self.data.train))
+        training = self.data.train[order[: one.rows]]
+        result = (self._probed if one.strategy == PROBE else self._trained)(one, training)
+        self.console.print("  " + ", ".join(f"{name} {value}" for name, value in result.items()), highlight=False)
+        return {**dataclasses.asdict(one), **result}
+
+    def _trained(self, one: Run, training: Images) -> dict[str, Any]:
+        tuned, stats = (self.model.initial if one.strategy == "scratch" else self.model.pretrained)(one.seed)
+        methods, seconds, best = STRATEGIES[one.strategy](self.c), 0.0, []
+        for stage, method in enumerate(methods):
+            tuned = method.init(jax.random.key(one.seed), tuned, self.roles)
+            tools = self._made(one.strategy, stage, len(methods), tuned, stats)
+            trained = self._fit(one, stage, tools, tuned, stats, training, self.c.steps // len(methods))
+            tuned, stats = trained.tuned, trained.model_state
+            seconds, best = seconds + sum(trained.progress.seconds), [*best, trained.progress.best]
+        accuracy = lambda some: score(self._logits(tools, tuned, stats, some), some.labels).accuracy
+        measured = {"training": accuracy(training[np.arange(min(len(training), self.c.measured))])}
+        measured["validation"], trains = accuracy(self.data.validation), pj.count(tuned).trainable
+        return {**measured, "test": accuracy(self.test), "seconds": seconds, "trainable": trains, "best": best}
+
+    def _fit(self, one: Run, stage: int, tools: Tools, tuned: Any, stats: Any, training: Images, steps: int) -> Trained:
+        c, seed = self.c, (one.seed, one.rows, stage)
+        key = jax.random.fold_in(jax.random.key(one.seed), stage)
+        state = pj.train_state(tuned, tools.step.tx, key=key, model_state=stats)
+        plan = lambda number: batches(training, c.batch, steps // c.checks, (*seed, number))
+
+        def validate(state: pj.TrainState) -> Any:
+            chosen_on = self.data.validation
+            return score(self._logits(tools, state.tuned, state.model_state, chosen_on), chosen_on.labels)
+
+        with display.Bar(self.console) as bar:
+            return train(tools.step, state, plan, validate, Limits(c.checks, c.checks), bar)
+
+    def _logits(self, tools: Tools, tuned: Any, stats: Any, some: Images) -> np.ndarray:
+        return tools.logits((tuned, stats), batches(some, self.c.batch), len(some))
+
+    def _made(self, strategy: str, stage: int, stages: int, tuned: Any, stats: Any) -> Tools:
+        """The tools of a strategy; made, and compiled, at their first use."""
+        if (strategy, stage) not in self._tools:
+            c, apply = self.c, self.model.applied(vision.live(tuned))
+            tx = optimizer(c, c.rate[strategy], c.steps // stages, tuned, self.roles)
+            step = pj.make_train_step(apply, cross_entropy, tx)
+            logits = predict(lambda both, batch: apply(both[0], batch, model_state=both[1])[0])
+            batch = next(iter(batches(self.data.train, c.batch, 1).to_iter_dataset()))
+            state = pj.train_state(tuned, tx, key=jax.random.key(0), model_state=stats)
+            step(state, {name: x for name, x in batch.items() if name != "index"})
+            self._tools[strategy, stage] = Tools(step, logits)
+        return self._tools[strategy, stage]
+
+    def _probed(self, one: Run, training: Images) -> dict[str, Any]:
+        model = self.model.pretrained(one.seed)
+        features = lambda some: self._features(model, batches(some, self.c.batch), len(some))
+        start = time.perf_counter()
+        x, chosen_on = features(training), features(self.data.validation)
+        fitted = baselines.linear(x, training.labels, chosen_on, self.data.validation.labels)
+        seconds = time.perf_counter() - start
+        return {
+            "training": float(fitted.score(x, training.labels)),
+            "validation": float(fitted.score(chosen_on, self.data.validation.labels)),
+            "test": float(fitted.score(features(self.test), self.test.labels)),
+            "seconds": seconds,
+            "trainable": fitted[-1].coef_.size + fitted[-1].intercept_.size,
+            "best": [],
+        }
+
+    @functools.cached_property
+    def _features(self) -> Callable[..., np.ndarray]:
+        return predict(self.model.features)
+
+
+def optimizer(
+    c: ml_collections.ConfigDict, rate: float, steps: int, tuned: Any, roles: pj.Roles
+) -> optax.GradientTransformation:
+    """AdamW under clipped gradients; where `layerwise` is below 1, early layers are trained slower."""
+    made = lambda rate: optax.adamw(rate, weight_decay=c.decay)
+    schedule = warm_then_linear(rate, c.warmup, steps)
+    inner = made(schedule) if c.layerwise == 1 else pj.layerwise(tuned, schedule, c.layerwise, roles, optimizer=made)
+    return optax.chain(optax.clip_by_global_norm(c.clip), inner)
+
+
+def main(_: list[str]) -> None:
+    """Does the runs that the flags ask for."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # compiling takes as long as a run: once is enough
+        jax.config.update("jax_compilation_cache_dir", str(assets.home() / "compiled"))
+    try:
+        run(CONFIG.value, Console())
+    except (ValueError, FloatingPointError, assets.Missing) as error:
+        raise SystemExit(f"finetune_image: {error}") from error
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,144 @@
+"""Labelled images: the digits, any tensorflow-datasets data set of images, or a folder of one's own."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Iterable, Sequence
+
+import grain
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from experiments import catalogue
+from experiments.batches import Batch
+from experiments.data import Dataset, cut
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+MODES = {"1": "L", "L": "L", "RGB": "RGB", "P": "RGB"}  # what is read, and as what
+SPLITS = ("train", "validation", "test")
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """Square images of one size and their labels, integers from 0."""
+
+    pixels: np.ndarray  # (N, S, S, C) uint8, of one channel or of three
+    labels: np.ndarray  # (N,) int32
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, at: Any) -> "Images":
+        return Images(self.pixels[at], self.labels[at])
+
+
+def load(name: str, size: int, image: str = "image", label: str = "label") -> Dataset[Images]:
+    """A data set of images and labels.
+
+    Args:
+      name: "digits"; a folder; or what tensorflow-datasets calls one of its own. A folder holds one of images per class,
+        or "train" and, if there are such, "validation" and "test" that do.
+      size: of the images: the shorter side is scaled to it, and the middle of the longer one is kept.
+      image, label: the columns of a data set of tensorflow-datasets.
+
+    Returns:
+      Its splits. Those that it does not have are cut from its training split (of a folder without splits, from all of
+      it), always in the same way.
+
+    Raises:
+      ValueError: no such folder, column or data set, a class without an image, a file that is no image, or an image that
+        has neither one channel nor three.
+    """
+    if Path(name).is_dir():
+        splits, names = _folder(Path(name), size)
+        return cut(splits, names)
+    found, names = catalogue.digits() if name == "digits" else catalogue.images(name, image, label)
+    return cut({split: _stacked(f"{name}, {split}", *columns, size) for split, columns in found.items()}, names)
+
+
+def _folder(folder: Path, size: int) -> tuple[dict[str, Images], tuple[str, ...]]:
+    splits = {split: folder / split for split in SPLITS if (folder / split).is_dir()}
+    splits = splits if "train" in splits else {"train": folder}
+    names = tuple(sorted(place.name for place in splits["train"].iterdir() if place.is_dir()))
+    if len(names) < 2:
+        raise ValueError(
+            f"{splits['train']} holds {len(names)} folders; expected one of images for each of two classes"
+        )
+    made = {}
+    for split, place in splits.items():
+        if other := sorted({x.name for x in place.iterdir() if x.is_dir()} ^ set(names)):
+            raise ValueError(f"{place}: the classes {', '.join(other)} are in one split alone")
+        files = [(path, k) for k, name in enumerate(names) for path in _files(place / name)]
+        pixels = [_opened(path, size) for path, _ in files]
+        made[split] = _stacked(str(place), pixels, [k for _, k in files], size)
+    return made, names
+
+
+def _files(folder: Path) -> list[Path]:
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    if not found:
+        raise ValueError(f"{folder} holds no image; expected files that end in {', '.join(SUFFIXES)}")
+    return found
+
+
+def _opened(path: Path, size: int) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            if image.mode not in MODES:
+                raise ValueError(
+                    f"{path} has {len(image.getbands())} channels ({image.mode}); expected 1 (grey) or 3 (RGB), of 8 bits"
+                )
+            image.draft(MODES[image.mode], (size, size))
+            return _fitted(image.convert(MODES[image.mode]), size)
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"{path} is no image that can be read: {error}") from error
+
+
+def _fitted(image: Image.Image, size: int) -> np.ndarray:
+    """The pixels, (S, S, C)."""
+    return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)).reshape(size, size, -1)
+
+
+def _stacked(where: str, images: Iterable[np.ndarray], labels: Sequence[int], size: int) -> Images:
+    """Images of any size, (H, W, C) uint8, as one array; grey ones beside colours are coloured."""
+    made = []
+    for k, x in enumerate(images, 1):
+        if x.ndim != 3 or x.shape[2] not in (1, 3) or x.dtype != np.uint8:
+            raise ValueError(f"{where}, image {k} is {x.dtype}{list(x.shape)}; expected uint8 (H, W, C), C = 1 or 3")
+        made.append(
+            x
+            if x.shape[:2] == (size, size)
+            else _fitted(Image.fromarray(x.squeeze(-1) if x.shape[2] == 1 else x), size)
+        )
+    channels = max(x.shape[2] for x in made)
+    pixels = np.stack([np.broadcast_to(x, (size, size, channels)) for x in made])
+    return Images(pixels, np.asarray(labels, np.int32))
+
+
+def batches(images: Images, size: int, steps: int | None = None, seed: Sequence[int] = (0,)) -> grain.MapDataset:
+    """The images in batches.
+
+    Args:
+      images: which.
+      size: per batch.
+      steps: how many batches, of images drawn in one random order after another; None is every image once, in order, the
+        last batch filled up with images of weight 0.
+      seed: of the orders.
+
+    Returns:
+      A data set whose elements are `image` (size, S, S, C) uint8, `label` (size,) int32, `weight` (size,) float32 and
+      `index` (size,), which image.
+    """
+    count = len(images) if steps is None else steps * size
+    order = np.arange(count) if steps is None else _orders(len(images), count, np.random.default_rng(seed))
+    at = [order[k : k + size] for k in range(0, count, size)]
+    return grain.MapDataset.source(at).map(lambda chosen: _batch(images, chosen, size))
+
+
+def _orders(n: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    return np.concatenate([rng.permutation(n) for _ in range(-(-count // n))])[:count]
+
+
+def _batch(images: Images, chosen: np.ndarray, size: int) -> Batch:
+    index = np.resize(chosen, size)
+    weight = (np.arange(size) < len(chosen)).astype(np.float32)
+    return {"image": images.pixels[index], "label": images.labels[index], "weight": weight, "index": index}

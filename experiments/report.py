@@ -1,0 +1,101 @@
+"""What runs of several strategies gave: a table, and a picture."""
+
+from pathlib import Path
+from typing import Any, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich import box
+from rich.table import Table
+
+COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#999999")  # Okabe and Ito
+MARKS = "osD^vP*X"
+NAMES = {
+    "probe": "frozen probe",
+    "last": "last layer",
+    "few": "last few layers",
+    "whole": "whole network",
+    "lora": "LoRA",
+    "adapters": "adapters",
+    "gradual": "gradual unfreezing",
+    "scratch": "from scratch",
+}
+Result = dict[str, Any]
+
+
+def groups(results: Sequence[Result]) -> dict[tuple[str, int], list[Result]]:
+    """The results of each strategy on each number of images, over seeds."""
+    made: dict[tuple[str, int], list[Result]] = {}
+    for one in results:
+        made.setdefault((one["strategy"], one["rows"]), []).append(one)
+    return made
+
+
+def mean(results: Sequence[Result], name: str) -> tuple[float, float]:
+    """The mean of a number over seeds, and its standard deviation; "gap" is training minus validation accuracy."""
+    values = [one["training"] - one["validation"] if name == "gap" else one[name] for one in results]
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def _axes(results: Sequence[Result]) -> tuple[list[str], list[int]]:
+    return list(dict.fromkeys(one["strategy"] for one in results)), sorted({one["rows"] for one in results})
+
+
+def table(results: Sequence[Result]) -> Table:
+    """Per strategy: what trains, and by the number of images the test accuracy, the gap and the seconds."""
+    strategies, sizes = _axes(results)
+    shown = Table(
+        title="Test accuracy (its deviation over seeds) | training minus validation | seconds", box=box.MARKDOWN
+    )
+    shown.add_column("strategy")
+    for name in ("trainable", *(f"{n:,} images" for n in sizes)):
+        shown.add_column(name, justify="right")
+    by = groups(results)
+    for how in strategies:
+        cells = [_cell(by[how, n]) if (how, n) in by else "-" for n in sizes]
+        trains = next(one["trainable"] for one in results if one["strategy"] == how)
+        shown.add_row(NAMES[how], f"{trains:,}", *cells)
+    return shown
+
+
+def _cell(results: Sequence[Result]) -> str:
+    (accuracy, spread), (gap, _), (seconds, _) = (mean(results, name) for name in ("test", "gap", "seconds"))
+    return f"{accuracy:.3f} ({spread:.3f}) / {gap:+.3f} / {seconds:.0f} s"
+
+
+def plot(results: Sequence[Result], path: Path) -> Path:
+    """Draws accuracy, gap and seconds by the number of images, and accuracy by what trains; returns the file."""
+    strategies, sizes = _axes(results)
+    by, figure = groups(results), Figure(figsize=(11, 8), layout="constrained")
+    axes = figure.subplots(2, 2)
+    for k, how in enumerate(strategies):
+        style = {"color": COLOURS[k % 8], "marker": MARKS[k % 8], "label": NAMES[how], "capsize": 3, "linewidth": 1.5}
+        some = [n for n in sizes if (how, n) in by]
+        for axis, name in zip((axes[0, 0], axes[0, 1], axes[1, 0]), ("test", "gap", "seconds")):
+            values, spread = np.transpose([mean(by[how, n], name) for n in some])
+            axis.errorbar(some, values, spread, **style)
+        last = by[how, some[-1]]
+        accuracy, spread = mean(last, "test")
+        axes[1, 1].errorbar([last[0]["trainable"]], [accuracy], [spread], **style)
+    for axis, name in zip(
+        (axes[0, 0], axes[0, 1], axes[1, 0]), ("test accuracy", "training minus validation", "seconds")
+    ):
+        _named(axis, "training images", name)
+        axis.set_xticks(sizes, [f"{n:,}" for n in sizes])
+        axis.minorticks_off()
+    axes[1, 0].set_ylim(bottom=0)
+    axes[0, 1].axhline(0, color="#bbbbbb", linewidth=1, zorder=0)
+    _named(axes[1, 1], "parameters that train", f"test accuracy, {sizes[-1]:,} images")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def _named(axis: Axes, x: str, y: str) -> None:
+    axis.set_xscale("log")
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    axis.grid(color="#eeeeee")
+    axis.spines[["top", "right"]].set_visible(False)
