@@ -103,11 +103,13 @@ def run(c: ml_collections.ConfigDict, console: Console) -> list[dict[str, Any]]:
             "training images"
         )
     path = Path(c.out) / f"images-{Path(c.data).stem}.jsonl"
-    lab = Lab(c, data, console)
-    for one in wanted:
-        if found(record.read(path), one, c) is None:
+    done = record.read(path)
+    if missing := [one for one in wanted if found(done, one, c) is None]:
+        lab = Lab(c, data, console)
+        for one in missing:
             record.append(path, one.settings(c), lab.result(one))
-    rows = [row for one in wanted if (row := found(record.read(path), one, c)) is not None]
+    done = record.read(path)
+    rows = [row for one in wanted if (row := found(done, one, c)) is not None]
     console.print(report.table([row["results"] for row in rows]))
     picture = report.plot([row["results"] for row in rows], path.with_suffix(".png"))
     console.print(f"{len(rows)} runs are in {path}, and a plot of them in {picture}")

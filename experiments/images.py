@@ -1,6 +1,7 @@
 """Labelled images: the digits, any tensorflow-datasets data set of images, or a folder of one's own."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any, Iterable, Sequence
 
@@ -51,6 +52,8 @@ def load(name: str, size: int, image: str = "image", label: str = "label") -> Da
     if Path(name).is_dir():
         splits, names = _folder(Path(name), size)
         return cut(splits, names)
+    if not re.fullmatch(r"\w+([/:][\w.*=,-]+)*", name):
+        raise ValueError(f"{name!r} is no folder, nor can it be the name of a data set of tensorflow-datasets")
     found, names = catalogue.digits() if name == "digits" else catalogue.images(name, image, label)
     return cut({split: _stacked(f"{name}, {split}", *columns, size) for split, columns in found.items()}, names)
 
