@@ -102,6 +102,11 @@ def run(c: ml_collections.ConfigDict, console: Console) -> list[dict[str, Any]]:
             f"rows {tuple(c.rows)}: expected {len(data.names)}, the number of classes, to {len(data.train)}, that of the "
             "training images"
         )
+    stages = max((len(STRATEGIES[one.strategy](c)) for one in wanted if one.strategy != PROBE), default=1)
+    if c.steps // stages < c.checks:
+        raise ValueError(
+            f"steps {c.steps} in {stages} stages: expected at least {c.checks} in each, one for each check"
+        )
     path = Path(c.out) / f"images-{Path(c.data).stem}.jsonl"
     done = record.read(path)
     if missing := [one for one in wanted if found(done, one, c) is None]:
@@ -160,15 +165,17 @@ class Lab:
     def result(self, one: Run) -> dict[str, Any]:
         """What a run gives: accuracies on the three splits, seconds of training, and what trained."""
         self.console.print(f"{one.strategy}, {one.rows:,} images, seed {one.seed}")
-        order = np.random.default_rng((one.seed, one.rows)).permutation(len(self.data.train))
+        order = np.random.default_rng(one.seed).permutation(len(self.data.train))
         training = self.data.train[order[: one.rows]]
         result = (self._probed if one.strategy == PROBE else self._trained)(one, training)
-        self.console.print("  " + ", ".join(f"{name} {value}" for name, value in result.items()), highlight=False)
+        shown = {name: f"{value:.3f}" if isinstance(value, float) else value for name, value in result.items()}
+        self.console.print("  " + ", ".join(f"{name} {value}" for name, value in shown.items()), highlight=False)
         return {**dataclasses.asdict(one), **result}
 
     def _trained(self, one: Run, training: Images) -> dict[str, Any]:
         tuned, stats = (self.model.initial if one.strategy == "scratch" else self.model.pretrained)(one.seed)
-        methods, seconds, best = STRATEGIES[one.strategy](self.c), 0.0, []
+        methods, seconds = STRATEGIES[one.strategy](self.c), 0.0
+        best: list[int] = []
         for stage, method in enumerate(methods):
             tuned = method.init(jax.random.key(one.seed), tuned, self.roles)
             tools = self._made(one.strategy, stage, len(methods), tuned, stats)
@@ -212,6 +219,7 @@ class Lab:
     def _probed(self, one: Run, training: Images) -> dict[str, Any]:
         model = self.model.pretrained(one.seed)
         features = lambda some: self._features(model, batches(some, self.c.batch), len(some))
+        features(training[: self.c.batch])  # compiles
         start = time.perf_counter()
         x, chosen_on = features(training), features(self.data.validation)
         fitted = baselines.linear(x, training.labels, chosen_on, self.data.validation.labels)

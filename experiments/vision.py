@@ -66,7 +66,7 @@ class Augment:
     def _one(self, image: jax.Array, key: jax.Array) -> jax.Array:
         move, change, turn, flip = jax.random.split(key, 4)
         if self.turn:
-            angle = jnp.deg2rad(jax.random.uniform(turn, minval=-self.turn, maxval=self.turn))
+            angle: Any = jnp.deg2rad(jax.random.uniform(turn, minval=-self.turn, maxval=self.turn))
             image = pix.rotate(image, angle)
         if self.shift:
             around = ((self.shift, self.shift), (self.shift, self.shift), (0, 0))
@@ -95,12 +95,14 @@ class Classifier:
 
     def initial(self, seed: int) -> tuple[nnx.State, nnx.State]:
         """Parameters and statistics before any training."""
-        return nnx.split_state(self._initial(jax.random.key(seed)), nnx.Param, nnx.BatchStat)
+        params, stats = nnx.split_state(self._initial(jax.random.key(seed)), nnx.Param, nnx.BatchStat)
+        return params, stats
 
     def pretrained(self, seed: int) -> tuple[nnx.State, nnx.State]:
         """The pretrained parameters and statistics, under a head that is fresh."""
         grafted = pj.graft(self.net.read(), self._initial(jax.random.key(seed)), replace="classifier")
-        return nnx.split_state(jax.tree.map(jnp.asarray, grafted), nnx.Param, nnx.BatchStat)
+        params, stats = nnx.split_state(jax.tree.map(jnp.asarray, grafted), nnx.Param, nnx.BatchStat)
+        return params, stats
 
     def graph(self, live: Collection[str] = (), shifts: bool = False) -> nnx.GraphDef:
         """The network without its arrays.

@@ -194,7 +194,6 @@ def test_gradual_unfreezing_traces_once_a_stage(model, start, roles):
 
 
 METHODS = {
-    "last": (pj.unfreeze(("classifier",)), []),
     "few": (pj.last_layers(2), ["head/norm"]),
     "whole": (pj.full(), NORMS),
     "lora": (pj.chain(pj.lora(rank=2), pj.unfreeze(("classifier",))), []),
