@@ -37,8 +37,6 @@ from experiments.train import Limits, Trained, cross_entropy, predict, score, tr
 from peftjax.runs import Runs
 from peftjax.sharding_rules import by_rules, make_mesh, within
 
-CONFIG = config_flags.DEFINE_config_file("config", str(Path(__file__).parent / "configs" / "reviews.py"))
-
 FREE = ("out", "resume", "every", "mesh", "accumulate", "join", "timeout")  # what may change when a run goes on
 METHODS: dict[str, Callable[[ml_collections.ConfigDict], pj.Method]] = {
     "lora": lambda c: pj.chain(pj.lora(c.lora.rank, c.lora.alpha, dropout=c.lora.dropout), pj.unfreeze("classifier")),
@@ -187,10 +185,11 @@ def main(_: list[str]) -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # compiling takes as long as an epoch: once is enough
         jax.config.update("jax_compilation_cache_dir", str(assets.home() / "compiled"))
     try:
-        start(CONFIG.value, Console())
+        start(flags.FLAGS.config, Console())
     except (ValueError, FloatingPointError, TimeoutError, assets.Missing, Interrupted) as error:
         raise SystemExit(f"finetune: {error}") from error
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # several scripts have a flag of this name
+    config_flags.DEFINE_config_file("config", str(Path(__file__).parent / "configs" / "reviews.py"))
     app.run(main)

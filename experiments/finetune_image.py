@@ -23,7 +23,7 @@ import jax
 import ml_collections
 import numpy as np
 import optax
-from absl import app
+from absl import app, flags
 from ml_collections import config_flags
 from rich.console import Console
 
@@ -32,8 +32,6 @@ from experiments import assets, baselines, display, images, record, report, visi
 from experiments.images import Images, batches
 from experiments.schedules import warm_then_linear
 from experiments.train import Limits, Trained, cross_entropy, predict, score, train
-
-CONFIG = config_flags.DEFINE_config_file("config", str(Path(__file__).parent / "configs" / "digits.py"))
 
 LISTS = ("strategies", "rows", "seeds")  # what a call goes through
 FREE = (*LISTS, "out")  # what does not matter to a single run
@@ -253,10 +251,11 @@ def main(_: list[str]) -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # compiling takes as long as a run: once is enough
         jax.config.update("jax_compilation_cache_dir", str(assets.home() / "compiled"))
     try:
-        run(CONFIG.value, Console())
+        run(flags.FLAGS.config, Console())
     except (ValueError, FloatingPointError, assets.Missing) as error:
         raise SystemExit(f"finetune_image: {error}") from error
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # several scripts have a flag of this name
+    config_flags.DEFINE_config_file("config", str(Path(__file__).parent / "configs" / "digits.py"))
     app.run(main)
