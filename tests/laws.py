@@ -9,7 +9,7 @@ trained fields are moved away from where they start, and no scale is 1.
 
 from __future__ import annotations
 
-import conftest  # noqa: F401  (eight devices, and promotions that raise)
+from conftest import USUAL  # eight devices, and promotions that raise
 
 import contextlib
 import dataclasses
@@ -50,10 +50,6 @@ from zoo import MODELS, Model, arrays_only, paths
 KEY = jax.random.key(7)
 
 
-# The older of jax 0.10's two code generators for CPUs, which the tests use, has no bfloat16 products.
-NARROW = {"xla_cpu_use_fusion_emitters": True} if jax.__version_info__ < (0, 11) else {}
-
-
 # Every operation by itself, in the order of the program: what is equal comes out equal in every bit.
 UNFUSED = {
     "xla_disable_hlo_passes": "fusion,cpu-instruction-fusion,multi_output_fusion,cpu-multi-output-fusion,algsimp"
@@ -62,7 +58,7 @@ UNFUSED = {
 
 def jit(fn: Any, model: Model, options: Mapping[str, Any] = {}) -> Any:
     """Jitted, for a test: the numbers are the same."""
-    return jax.jit(fn, compiler_options={**(NARROW if "bf16" in model.tags else {}), **options})
+    return jax.jit(fn, compiler_options={**(USUAL if "bf16" in model.tags else {}), **options})
 
 
 # Methods: one row each

@@ -45,7 +45,11 @@ def test_every_law(method, model):
     assert refusal(method, model) or not broken(method, model)
 
 
-@pytest.mark.parametrize("method,model", [("lora", "nnx_batch_norm_dropout"), ("dora", "linen_scan"), ("oft", "linen_mlp")])
+EACH = [("lora", "nnx_batch_norm_dropout"), ("dora", "linen_scan"), ("oft", "linen_mlp")]
+OTHERS = [pytest.param(m, usual(m), marks=pytest.mark.full) for m in METHODS if (m, usual(m)) not in EACH]
+
+
+@pytest.mark.parametrize("method,model", EACH + OTHERS)
 def test_identity_at_init_is_exact_step_by_step(method, model):
     it = case(method, model)
     with jax.disable_jit():
