@@ -251,7 +251,9 @@ class TrainStep:
 
     def _compiled(self, moving: Any, frozen: Any, batch: Any) -> Any:
         if self.mesh is None:
-            return self._jitted.setdefault(None, jax.jit(self.advance, donate_argnums=0))
+            if None not in self._jitted:
+                self._jitted[None] = jax.jit(self.advance, donate_argnums=0)
+            return self._jitted[None]
         lies = jax.tree.map(lambda x: getattr(x, "sharding", None), (moving, frozen, batch))
         key = (jax.tree.structure(lies), tuple(jax.tree.leaves(lies)))
         if key not in self._jitted:
