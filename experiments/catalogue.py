@@ -114,7 +114,8 @@ def _labelled(builder: Any, column: str, label: str, kind: str, feature: Any) ->
     tfds.disable_progress_bar()
     builder.download_and_prepare()
     sources = {split: builder.as_data_source(split) for split in SPLITS if split in builder.info.splits}
-    labels = {split: [row[label] for row in source] for split, source in sources.items()}
+    bare = {column: tfds.decode.SkipDecoding()}  # what labels are read without
+    labels = {split: [row[label] for row in builder.as_data_source(split, decoders=bare)] for split in sources}
     # Some test splits are published without labels, as -1.
     labels = {split: found for split, found in labels.items() if any(k >= 0 for k in found)}
     if "train" not in labels:
