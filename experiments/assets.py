@@ -18,6 +18,8 @@ import zlib
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, Mapping
 
+import jax
+
 SDIST, WHEEL = "sdist", "wheel"
 
 
@@ -127,6 +129,12 @@ class Missing(RuntimeError):
 def home() -> Path:
     """The folder that keeps what was fetched."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peftjax"
+
+
+def keep_compiled() -> None:
+    """Keeps compiled programs in the cache folder, unless JAX_COMPILATION_CACHE_DIR says where: they take minutes to make."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(home() / "compiled"))
 
 
 @contextlib.contextmanager

@@ -58,7 +58,7 @@ def words(train: Rows, validation: Rows, test: Rows) -> Result:
     return Result(
         "TF-IDF + logistic regression",
         fitted.predict(counts.transform(test.texts)) == test.labels,
-        _size(fitted),
+        size(fitted),
         seconds,
     )
 
@@ -68,7 +68,7 @@ def probe(features: Callable[[E], np.ndarray], train: E, validation: E, test: E)
     start = time.perf_counter()
     fitted = linear(features(train), train.labels, features(validation), validation.labels)
     seconds = time.perf_counter() - start
-    return Result("frozen linear probe", fitted.predict(features(test)) == test.labels, _size(fitted[-1]), seconds)
+    return Result("frozen linear probe", fitted.predict(features(test)) == test.labels, size(fitted[-1]), seconds)
 
 
 def linear(x: np.ndarray, y: np.ndarray, x_chosen_on: np.ndarray, y_chosen_on: np.ndarray) -> Pipeline:
@@ -83,5 +83,6 @@ def _fitted(x: Any, y: np.ndarray, x_chosen_on: Any, y_chosen_on: np.ndarray) ->
     return max(fits, key=lambda fit: fit.score(x_chosen_on, y_chosen_on))
 
 
-def _size(fitted: LogisticRegression) -> int:
+def size(fitted: LogisticRegression) -> int:
+    """How many numbers it has."""
     return fitted.coef_.size + fitted.intercept_.size

@@ -92,11 +92,15 @@ def _plan(
 def _batch(
     ids: Sequence[Sequence[int]], labels: np.ndarray, size: int, width: int, chosen: np.ndarray, part: slice
 ) -> Batch:
-    index = np.resize(chosen, size)[part]  # repeats them where they are too few
+    index, weight = (x[part] for x in filled(chosen, size))
     padded = np.zeros((len(index), width), np.int32)
     mask = np.zeros((len(index), width), np.int32)
     for row, own in enumerate(ids[k] for k in index):
         padded[row, : len(own)] = own
         mask[row, : len(own)] = 1
-    weight = (np.arange(size) < len(chosen)).astype(np.float32)[part]
     return {"ids": padded, "mask": mask, "label": labels[index].astype(np.int32), "weight": weight, "index": index}
+
+
+def filled(chosen: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """So many examples, (size,) int, of those chosen, which are repeated where they are too few; and weights, 0 of repeats."""
+    return np.resize(chosen, size), (np.arange(size) < len(chosen)).astype(np.float32)

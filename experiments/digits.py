@@ -13,9 +13,9 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from experiments.assets import DIGITS, fetch
+from experiments.splits import dealt
 
 SIZES = {"train": 4000, "validation": 500, "test": 500}
-SEED = 0  # of the split, which stays the same whatever the seed of a run
 
 
 class Mnist5k(tfds.core.GeneratorBasedBuilder):
@@ -31,13 +31,11 @@ class Mnist5k(tfds.core.GeneratorBasedBuilder):
         return tfds.core.DatasetInfo(builder=self, description=__doc__, features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:
-        path = fetch(DIGITS) / "mnist_5k.csv.gz"
-        ends = np.cumsum([0, *SIZES.values()])
-        return {name: self._generate_examples(path, *ends[k : k + 2]) for k, name in enumerate(SIZES)}
+        rows = table(fetch(DIGITS) / "mnist_5k.csv.gz")
+        return {name: self._generate_examples(rows, at) for name, at in dealt(len(rows), SIZES).items()}
 
-    def _generate_examples(self, path: Path, start: int, stop: int) -> Iterator[tuple[str, dict[str, Any]]]:
-        rows = table(path)
-        for k in np.random.default_rng(SEED).permutation(len(rows))[start:stop]:
+    def _generate_examples(self, rows: np.ndarray, at: np.ndarray) -> Iterator[tuple[str, dict[str, Any]]]:
+        for k in at:
             yield str(k), {"image": _png(rows[k, :-1].reshape(28, 28)), "label": int(rows[k, -1])}
 
 

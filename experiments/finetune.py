@@ -10,7 +10,6 @@ launch.md beside this file says how to run it on many machines.
 
 import contextlib
 import functools
-import os
 import sys
 import time
 from pathlib import Path
@@ -182,8 +181,7 @@ def main(_: list[str]) -> None:
     """Runs the configuration that the flags give."""
     if not flags.FLAGS["verbosity"].present:  # orbax has much to say of every checkpoint, on every process
         logging.set_verbosity(logging.ERROR)
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # compiling takes as long as an epoch: once is enough
-        jax.config.update("jax_compilation_cache_dir", str(assets.home() / "compiled"))
+    assets.keep_compiled()
     try:
         start(flags.FLAGS.config, Console())
     except (ValueError, FloatingPointError, TimeoutError, assets.Missing, Interrupted) as error:

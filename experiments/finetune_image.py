@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -31,7 +30,7 @@ import peftjax as pj
 from experiments import assets, baselines, display, images, record, report, vision
 from experiments.images import Images, batches
 from experiments.schedules import warm_then_linear
-from experiments.train import Limits, Trained, cross_entropy, predict, score, train
+from experiments.train import Limits, Trained, arrays, cross_entropy, predict, score, train
 
 LISTS = ("strategies", "rows", "seeds")  # what a call goes through
 FREE = (*LISTS, "out")  # what does not matter to a single run
@@ -210,7 +209,7 @@ class Lab:
             logits = predict(lambda both, batch: apply(both[0], batch, model_state=both[1])[0])
             batch = next(iter(batches(self.data.train, c.batch, 1).to_iter_dataset()))
             state = pj.train_state(tuned, tx, key=jax.random.key(0), model_state=stats)
-            step(state, {name: x for name, x in batch.items() if name != "index"})
+            step(state, arrays(batch))
             self._tools[strategy, stage] = Tools(step, logits)
         return self._tools[strategy, stage]
 
@@ -227,7 +226,7 @@ class Lab:
             "validation": float(fitted.score(chosen_on, self.data.validation.labels)),
             "test": float(fitted.score(features(self.test), self.test.labels)),
             "seconds": seconds,
-            "trainable": fitted[-1].coef_.size + fitted[-1].intercept_.size,
+            "trainable": baselines.size(fitted[-1]),
             "best": [],
         }
 
@@ -248,8 +247,7 @@ def optimizer(
 
 def main(_: list[str]) -> None:
     """Does the runs that the flags ask for."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # compiling takes as long as a run: once is enough
-        jax.config.update("jax_compilation_cache_dir", str(assets.home() / "compiled"))
+    assets.keep_compiled()
     try:
         run(flags.FLAGS.config, Console())
     except (ValueError, FloatingPointError, assets.Missing) as error:

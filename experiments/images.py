@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from experiments import catalogue
-from experiments.batches import Batch
+from experiments.batches import Batch, filled
 from experiments.data import Dataset, cut
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
@@ -142,6 +142,5 @@ def _orders(n: int, count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _batch(images: Images, chosen: np.ndarray, size: int) -> Batch:
-    index = np.resize(chosen, size)
-    weight = (np.arange(size) < len(chosen)).astype(np.float32)
+    index, weight = filled(chosen, size)
     return {"image": images.pixels[index], "label": images.labels[index], "weight": weight, "index": index}

@@ -45,15 +45,24 @@ def read(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         return []
-    whole, _, half = path.read_text().rpartition("\n")
-    if half:
-        whole_too = _row(half)
-        path.write_text("".join(f"{line}\n" for line in (*whole.splitlines(), *([half] if whole_too else []))))
-        return read(path)
-    rows = [_row(line) for line in whole.splitlines()]
+    _mend(path)
+    rows = [_row(line) for line in path.read_text().splitlines()]
     if bad := [k for k, row in enumerate(rows, 1) if row is None]:
         raise ValueError(f"{path}, line {bad[0]} is no row of results; expected a JSON object on each line")
     return [row for row in rows if row is not None]
+
+
+def _mend(path: Path) -> None:
+    """Ends the last row if that is all it lacks, or takes it out; the rows before it are not written again."""
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        with path.open("r+b") as file:
+            if _row(data[whole:].decode(errors="replace")):
+                file.seek(len(data))
+                file.write(b"\n")
+            else:
+                file.truncate(whole)
 
 
 def _row(line: str) -> dict[str, Any] | None:

@@ -6,15 +6,16 @@ not needed, and is not imported.
 
 import csv
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Iterator, Sequence
 
 import numpy as np
 import tensorflow_datasets as tfds
 
 from experiments.assets import REVIEWS, fetch
+from experiments.splits import dealt
 
 SIZES = {"train": 3000, "validation": 1000, "test": 2000}
-SEED = 0  # of the split, which stays the same whatever the seed of a run
+Rated = tuple[str, float, str]
 
 
 class MovieReviews(tfds.core.GeneratorBasedBuilder):
@@ -31,18 +32,16 @@ class MovieReviews(tfds.core.GeneratorBasedBuilder):
         return tfds.core.DatasetInfo(builder=self, description=__doc__, features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:
-        path = fetch(REVIEWS) / "reviews.tsv"
-        ends = np.cumsum([0, *SIZES.values()])
-        return {name: self._generate_examples(path, *ends[k : k + 2]) for k, name in enumerate(SIZES)}
+        rows = rated(fetch(REVIEWS) / "reviews.tsv")
+        return {name: self._generate_examples(rows, at) for name, at in dealt(len(rows), SIZES).items()}
 
-    def _generate_examples(self, path: Path, start: int, stop: int) -> Iterator[tuple[str, dict[str, Any]]]:
-        rows = rated(path)
-        for k in np.random.default_rng(SEED).permutation(len(rows))[start:stop]:
+    def _generate_examples(self, rows: Sequence[Rated], at: np.ndarray) -> Iterator[tuple[str, dict[str, Any]]]:
+        for k in at:
             number, score, text = rows[k]
             yield number, {"text": text, "score": np.float32(score), "label": int(score > 0)}
 
 
-def rated(path: Path) -> list[tuple[str, float, str]]:
+def rated(path: Path) -> list[Rated]:
     """(number, mean rating, text) of every sentence rated at least 1 on either side; of equal texts, the first."""
     with path.open(encoding="utf-8", newline="") as file:
         rows = [
