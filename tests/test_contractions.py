@@ -1,5 +1,8 @@
 """Random uses of a weight agree with the dense one: contractions, convolutions and lookups, of random views of a leaf
-whose axes are lettered at random, so that letters and use may agree or not."""
+whose axes are lettered at random, so that letters and use may agree or not.
+
+1,100 contractions and convolutions in all, no two alike in a part; a fifth of them is run by default, the rest by
+`pytest -m full`."""
 
 import dataclasses
 import math
@@ -17,30 +20,48 @@ from laws import oracle
 from peftjax.methods.lora import LoRA
 
 
-
 FEW = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 
 BATCH = 10
 
 
-def examples(count, strategy, parts=1):
-    """Checks this many examples of a strategy, the same every time, in parts that can run side by side.
+def examples(count, strategy, parts=5):
+    """Checks this many different examples of a strategy in each part, the same every time; the first part by default.
 
     The decorated function makes a `Use` of an example. Every batch of them is one program, for most of the time of a
     small program is spent on its being a program; a batch that fails shrinks to its example.
     """
 
     def decorate(use):
-        @pytest.mark.parametrize("part", range(parts))
+        @pytest.mark.parametrize("part", [0, *(pytest.param(k, marks=pytest.mark.full) for k in range(1, parts))])
         def test(part):
-            few = settings(FEW, max_examples=1 + count // parts // BATCH)  # the first is ten times the simplest one
-            batches = st.lists(strategy(), min_size=BATCH, max_size=BATCH)
-            seed(part)(few(given(batches)(lambda specs: agree([use(*spec) for spec in specs]))))()
+            met = set()
+
+            def check(specs):
+                met.update(map(said, specs))
+                agree([use(*spec) for spec in specs])
+
+            batches = st.lists(strategy(), min_size=BATCH, max_size=BATCH, unique_by=said)
+            few = settings(FEW, max_examples=1 + count // BATCH)  # one batch more: now and then two are alike
+            seed(part)(few(given(batches)(check)))()
+            assert len(met) >= count
 
         return test
 
     return decorate
+
+
+def said(spec):
+    """What tells an example from others: of arrays of floats the shape, of everything else what it says."""
+    match spec:
+        case LoRA():
+            return f"{spec.base.shape}{spec.axes}"
+        case tuple() | list():
+            return str([said(x) for x in spec])
+        case np.ndarray() if spec.dtype == np.float32:
+            return str(spec.shape)
+    return str(spec)
 
 
 # The leaf: a LoRA of a random array, its axes lettered at random
@@ -266,7 +287,7 @@ def products(draw):
     return w, through, x, mine, other, draw(st.booleans())
 
 
-@examples(320, products, parts=4)
+@examples(80, products)
 def test_dot_general(w, through, x, mine, other, left):
     pair = lambda first, second: ((first[0], second[0]), (first[1], second[1]))
 
@@ -292,7 +313,7 @@ def einsums(draw):
     return w, through, numbers(*(sizes[k] for k in x)), f"{mine},{x}->{out}" if left else f"{x},{mine}->{out}", left
 
 
-@examples(180, einsums, parts=2)
+@examples(60, einsums)
 def test_einsum(w, through, x, spec, left):
     return Use(w, through, lambda w, x: jnp.einsum(spec, *((w, x) if left else (x, w))), (x,), merges=False)
 
@@ -313,8 +334,14 @@ class Conv:
 
     def __call__(self, w, x):
         return lax.conv_general_dilated(
-            x, w, self.strides, self.padding, self.lhs_dilation, self.rhs_dilation,
-            dimension_numbers=self.numbers, feature_group_count=self.groups,
+            x,
+            w,
+            self.strides,
+            self.padding,
+            self.lhs_dilation,
+            self.rhs_dilation,
+            dimension_numbers=self.numbers,
+            feature_group_count=self.groups,
         )
 
 
@@ -339,7 +366,7 @@ def convolutions(draw):
     return w, through, conv, numbers(*image), natural
 
 
-@examples(300, convolutions, parts=4)
+@examples(80, convolutions)
 def test_conv_general_dilated(w, through, conv, x, natural):
     return Use(w, through, conv, (x,), merges=not natural)
 
@@ -357,7 +384,7 @@ def lookups(draw):
     return w, through, axis, ids, draw(st.sampled_from(("clip", "wrap")))
 
 
-@examples(120, lookups, parts=2)
+@examples(30, lookups)
 def test_take_along_one_axis(w, through, axis, ids, mode):
     return Use(w, through, lambda w, ids: jnp.take(w, ids, axis=axis, mode=mode), (ids,))
 
@@ -371,6 +398,6 @@ def rowed(draw):
     return w, numbers(max(1, counts.sum()), width), counts, natural
 
 
-@examples(100, rowed)
+@examples(30, rowed, parts=3)
 def test_ragged_dot(w, x, counts, natural):
     return Use(w, [], lambda w, x, counts: lax.ragged_dot(x, w, counts), (x, counts), merges=not natural)
