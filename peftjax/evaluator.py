@@ -85,7 +85,10 @@ class Evaluator:
         if outs is None:
             return run(eqn, [self.merged(x, eqn) for x in operands])
         if eqn.primitive.name in rules.CONTRACTIONS:
-            self.note([x for x in operands if isinstance(x, Weight)], eqn, "acted")
+            for x in operands:
+                if isinstance(x, Weight):
+                    idle = x.plain is None and x.only_for(eqn.primitive.name).plain is not None
+                    self.note([x], eqn, "left alone" if idle else "acted")
         return outs
 
     def stream(self, eqn: Any) -> int | None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from peftjax import compat
 from peftjax.method import Leaf
+from peftjax.targets import closest
 
 
 def replaced(axes: str, letter: str, label: str) -> tuple[Any, ...]:
@@ -57,6 +58,26 @@ def layered(name: str, leaf: Leaf, value: float, layers: Sequence[int] | None) -
         raise ValueError(f"{name}: layers {bad} at {leaf.path}; it stacks {shape[axis]} layers, 0 to {shape[axis] - 1}")
     on = jnp.zeros(shape[axis]).at[jnp.asarray(layers)].set(1)
     return scale * on.reshape([-1 if k == axis else 1 for k in range(len(shape))])
+
+
+def limited(name: str, leaf: Leaf, uses: Sequence[str] | None) -> tuple[str, ...] | None:
+    """The uses of a leaf that an overlay is limited to, where the leaf has them; None for all."""
+    if uses is None:
+        return None
+    if isinstance(uses, str) or not uses:
+        raise ValueError(
+            f"{name}: uses={uses!r}; expected a sequence of names, such as ('gather',), or None for all uses"
+        )
+    if leaf.role is None:
+        raise ValueError(
+            f"{name}: uses={tuple(uses)!r} at {leaf.path}, and only roles know its uses: pass "
+            "`roles=peftjax.roles(fn, params, batch)`"
+        )
+    if unknown := [use for use in uses if use not in leaf.uses]:
+        found = ", ".join(dict.fromkeys(leaf.uses))
+        near = "; ".join(f"nearest: {', '.join(closest(str(use), list(leaf.uses), 1)) or 'none'}" for use in unknown)
+        raise ValueError(f"{name}: uses={tuple(uses)!r} at {leaf.path}, which the model uses in {found} ({near})")
+    return tuple(uses)
 
 
 Started = tuple[Any, Any, bool]

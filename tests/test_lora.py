@@ -161,6 +161,29 @@ def test_some_uses_only():
         pj.merge(tuned)
 
 
+def test_uses_that_a_leaf_does_not_have():
+    """An update that never acts would be merged all the same; which uses there are, only roles know."""
+    table = {"w": np.ones((7, 4), np.float32)}
+    roles = pj.roles(tied, table, jnp.array([1, 6]))
+    for uses, message in {
+        ("gahter",): r"uses=\('gahter',\) at w, which the model uses in gather, .*dot_general \(nearest: gather\)",
+        ("gather", "conv"): r"uses=\('gather', 'conv'\) at w, .*nearest: none",
+        "dot_general": r"uses='dot_general'; expected a sequence of names, such as \('gather',\)",
+        (): r"uses=\(\); expected a sequence",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            pj.lora(rank=2, targets="w", uses=uses).init(KEY, table, roles)
+    with pytest.raises(ValueError, match=r"uses=\('gather',\) at w, and only roles know its uses: pass `roles="):
+        pj.lora(rank=2, targets="w", uses=("gather",)).init(KEY, table)
+
+
+def test_explain_says_which_uses_are_left_alone():
+    table, ids = {"w": np.ones((7, 4), np.float32)}, jnp.array([1, 6])
+    tuned = pj.lora(rank=2, targets="w", uses=("gather",)).init(KEY, table, pj.roles(tied, table, ids))
+    said = [(e.how, e.primitive) for e in pj.explain(tied, tuned, ids)]
+    assert said == [("acted", "gather"), ("left alone", "dot_general")]
+
+
 def test_dropout_acts_with_a_key_and_keeps_the_mean():
     x = np.ones((4000, 4), np.float32)
     tuned = {"w": one(pj.lora(rank=2, targets="w", dropout=0.5)).replace(b=jnp.ones((2, 3), jnp.float32))}

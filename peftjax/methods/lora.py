@@ -8,7 +8,7 @@ from typing import Any, Mapping, Sequence
 import jax.numpy as jnp
 
 from peftjax.factored import Factor, Term
-from peftjax.lowrank import INITS, checked, layered, replaced
+from peftjax.lowrank import INITS, checked, layered, limited, replaced
 from peftjax.method import Leaf, Method, check_known, chosen_leaves, laid, method, per_leaf
 from peftjax.overlay import Overlay, atoms, frozen, overlay, static, trained
 from peftjax.roles import Roles
@@ -113,7 +113,8 @@ def lora(
       rank_pattern: regex -> rank for some weights; the first match wins, and its scale uses its own rank.
       alpha_pattern: regex -> alpha, likewise.
       layers: for weights stacked by a scan, the layers that are tuned; the others have scale 0.
-      uses: limits the update to some uses of a leaf, such as `("gather",)` for the lookup of a tied embedding.
+      uses: limits the update to some uses of a leaf, such as `("gather",)` for the lookup of a tied embedding; names of
+        primitives, as `peftjax.roles` lists them. It needs roles.
       train_a: False trains B alone (LoRA-FA).
       bias: whether B has a bias c, zero at first: `y = x W + b + s (x A B + c)`. It lies on the layer's own bias b, and
         needs roles, which find it. It can hold the change of b where A and B were taken from two trained models.
@@ -122,8 +123,8 @@ def lora(
       The method. Without roles it takes kernels of two axes only, (in, out).
 
     Raises:
-      ValueError: a rank below 1 or above the smaller side of a weight, an unknown init, a pattern that matches nothing;
-        with `bias`, a weight without a bias of its own.
+      ValueError: a rank below 1 or above the smaller side of a weight, an unknown init, a pattern that matches nothing,
+        a use that a chosen weight does not have; with `bias`, a weight without a bias of its own.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj
@@ -155,7 +156,7 @@ def lora(
             b0=jnp.copy(b) if started else None,
             axes=leaf.axes,
             dropout=dropout,
-            uses=tuple(uses) if uses else None,
+            uses=limited("lora", leaf, uses),
             tied=len(set(leaf.uses)) > 1,
             locked=() if train_a else ("a",),
         )
