@@ -118,8 +118,16 @@ def groups(tuned: Any, transforms: Mapping[str, Any]) -> optax.GradientTransform
       >>> print(updates["b"].value, updates["w"].value[0])
       [-1. -1.] [-0.5 -0.5]
     """
+    return _grouped(tuned, transforms, lambda e: (e.key, e.path))
+
+
+def _grouped(
+    tuned: Any, transforms: Mapping[str, Any], names: Callable[[Entry], tuple[str, ...]]
+) -> optax.GradientTransformationExtraArgs:
+    """The groups, where a pattern wins a field that has one of `names`."""
+    first = lambda e: next((p for p in transforms if any(re.fullmatch(p, name) for name in names(e))), None)
     found = entries(tuned)
-    labels = [_first(transforms, e) if e.trains else None for e in found]
+    labels = [first(e) if e.trains else None for e in found]
     keys = [e.key for e in found if e.trains]
     if left := [e.key for e, label in zip(found, labels) if e.trains and label is None]:
         raise ValueError(f"no pattern matches {', '.join(left)}; end with '.*' to name what is left")
@@ -129,16 +137,12 @@ def groups(tuned: Any, transforms: Mapping[str, Any]) -> optax.GradientTransform
     return train_only(optax.partition(transforms, jax.tree.unflatten(jax.tree.structure(tuned), labels)), tuned)
 
 
-def _first(patterns: Mapping[str, Any], e: Entry) -> str | None:
-    return next((p for p in patterns if re.fullmatch(p, e.key) or re.fullmatch(p, e.path)), None)
-
-
 def lora_plus(
     tuned: Any,
     learning_rate: Rate,
     ratio: float = 16.0,
     *,
-    fast: str = ".*/b",
+    fast: str = ".*/(b|shift)",
     optimizer: Callable[[Rate], optax.GradientTransformation] = optax.adamw,
 ) -> optax.GradientTransformationExtraArgs:
     """Trains B faster than A: `lr_B = ratio * lr_A`.
@@ -147,14 +151,15 @@ def lora_plus(
       tuned: a tree with LoRA overlays.
       learning_rate: of everything but B: a number or a schedule.
       ratio: how much faster B learns; about 16 did best in the paper.
-      fast: the regex of the fast fields.
+      fast: a regex, fullmatched on `path/field`: the fields that are fast, by default every B, and its bias where it has
+        one. A model's own leaf called `b` is not meant: where that trains, its field is `b/value`.
       optimizer: makes an optimizer from a learning rate.
 
     Returns:
       A transform over the full tree or its trainable part.
 
     Raises:
-      ValueError: no trained field is called `b`, or all are.
+      ValueError: no trained field is fast, or all are.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, peftjax as pj
@@ -164,9 +169,12 @@ def lora_plus(
       >>> print(updates["w"].a.ravel(), updates["w"].b.ravel())
       [-0.5 -0.5] [-2. -2.]
 
+    A table's B is as fast as the others; where it has to have a rate of its own, `groups` names it.
+
     Reference: Hayou et al. 2024, arXiv 2402.12354.
     """
-    return groups(tuned, {fast: optimizer(_times(learning_rate, ratio)), ".*": optimizer(learning_rate)})
+    transforms = {fast: optimizer(_times(learning_rate, ratio)), ".*": optimizer(learning_rate)}
+    return _grouped(tuned, transforms, lambda e: (e.key,))
 
 
 def _times(rate: Rate, factor: float) -> Rate:

@@ -226,6 +226,14 @@ def test_lora_plus_with_a_schedule():
         lora_plus({"b": full_on(jnp.ones(2))}, 1.0)
 
 
+def test_lora_plus_takes_fields_and_no_leaf_called_b():
+    """Haiku's biases are called `b`; only LoRA's own B is fast."""
+    tuned = {"linear": {"w": lora_on(jnp.ones((3, 2))), "b": full_on(jnp.ones(2))}}
+    tx = lora_plus(tuned, 1.0, ratio=4.0, optimizer=optax.sgd)
+    updates = tx.update(grads_of(tuned), tx.init(tuned), tuned)[0]["linear"]
+    assert [float(u.ravel()[0]) for u in (updates["w"].a, updates["w"].b, updates["b"].value)] == [-1, -4, -1]
+
+
 def linear(order: int, axes: str = "io") -> Role:
     """The role of a kernel."""
     return Role(op="linear", axes=axes, order=order)
