@@ -54,6 +54,10 @@ def layered(name: str, leaf: Leaf, value: float, layers: Sequence[int] | None) -
             f"{name}: layers={tuple(layers)} at {leaf.path}, which is not stacked: name its path in `targets`"
         )
     axis = [x for x in leaf.axes if x in "sb"].index("s")
+    if not len(layers):
+        raise ValueError(
+            f"{name}: layers=() at {leaf.path}: no layer would train; expected one at least, or None for all"
+        )
     if bad := [k for k in layers if not 0 <= k < shape[axis]]:
         raise ValueError(f"{name}: layers {bad} at {leaf.path}; it stacks {shape[axis]} layers, 0 to {shape[axis] - 1}")
     on = jnp.zeros(shape[axis]).at[jnp.asarray(layers)].set(1)
@@ -64,10 +68,8 @@ def limited(name: str, leaf: Leaf, uses: Sequence[str] | None) -> tuple[str, ...
     """The uses of a leaf that an overlay is limited to, where the leaf has them; None for all."""
     if uses is None:
         return None
-    if isinstance(uses, str) or not uses:
-        raise ValueError(
-            f"{name}: uses={uses!r}; expected a sequence of names, such as ('gather',), or None for all uses"
-        )
+    if not uses:
+        raise ValueError(f"{name}: uses=() at {leaf.path}; expected one at least, or None for all uses")
     if leaf.role is None:
         raise ValueError(
             f"{name}: uses={tuple(uses)!r} at {leaf.path}, and only roles know its uses: pass "

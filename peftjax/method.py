@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from peftjax import sharding
 from peftjax.flat import unique
+from peftjax.options import check_options, plain
 from peftjax.overlay import is_overlay, layers, type_of
 from peftjax.paths import flatten, path_of
 from peftjax.roles import Role, Roles
@@ -108,13 +109,14 @@ def _decoded(value: Any) -> Any:
 def method(factory: Callable[P, Method]) -> Callable[P, Method]:
     """Makes a function a factory of methods: what it returns takes its name and arguments, and can be saved."""
     signature = inspect.signature(factory)
+    kinds = {name: option.annotation for name, option in signature.parameters.items()}
 
     @functools.wraps(factory)
     def made(*args: P.args, **kwargs: P.kwargs) -> Method:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        frozen = lambda v: tuple(v) if isinstance(v, list) else dict(v) if isinstance(v, Mapping) else v
-        options = {k: frozen(v) for k, v in bound.arguments.items()}
+        check_options(factory.__name__, bound.arguments, kinds)
+        options = {k: plain(v) for k, v in bound.arguments.items()}
         return dataclasses.replace(factory(*args, **kwargs), name=factory.__name__, options=options)
 
     FACTORIES[factory.__name__] = made

@@ -106,6 +106,8 @@ def test_layers_of_a_stack():
     np.testing.assert_array_equal(tuned.scale, [2, 0, 2])
     with pytest.raises(ValueError, match=r"layers \[3\] at w; it stacks 3 layers, 0 to 2"):
         one(pj.lora(rank=2, targets="w", layers=(3,)), stack, axes="sio")
+    with pytest.raises(ValueError, match=r"layers=\(\) at w: no layer would train"):
+        one(pj.lora(rank=2, targets="w", layers=()), stack, axes="sio")
     with pytest.raises(ValueError, match="at w, which is not stacked"):
         one(pj.lora(rank=2, targets="w", layers=(0,)))
 
@@ -168,8 +170,8 @@ def test_uses_that_a_leaf_does_not_have():
     for uses, message in {
         ("gahter",): r"uses=\('gahter',\) at w, which the model uses in gather, .*dot_general \(nearest: gather\)",
         ("gather", "conv"): r"uses=\('gather', 'conv'\) at w, .*nearest: none",
-        "dot_general": r"uses='dot_general'; expected a sequence of names, such as \('gather',\)",
-        (): r"uses=\(\); expected a sequence",
+        "gather": r"lora: uses='gather'; expected a sequence of strings",
+        (): r"uses=\(\) at w; expected one at least",
     }.items():
         with pytest.raises(ValueError, match=message):
             pj.lora(rank=2, targets="w", uses=uses).init(KEY, table, roles)
@@ -200,12 +202,37 @@ def test_dropout_acts_with_a_key_and_keeps_the_mean():
         (dict(rank=0), "rank 0 at w.*expected 1 to 3"),
         (dict(rank=4), "rank 4 at w.*expected 1 to 3"),
         (dict(init="svd"), "unknown init 'svd'; expected one of kaiming"),
+        (dict(rank=2.5), "lora: rank=2.5; expected an integer"),
+        (dict(rank="8"), "lora: rank='8'; expected an integer"),
+        (dict(rank=True), "lora: rank=True; expected an integer"),
+        (dict(alpha="16"), "lora: alpha='16'; expected a finite number, or None"),
+        (dict(alpha=0), "lora: alpha=0; expected no 0"),
+        (dict(alpha=float("inf")), "lora: alpha=inf; expected a finite number"),
+        (dict(alpha=float("nan")), "lora: alpha=nan; expected a finite number"),
+        (dict(rank_pattern={"w": 3.5}), "rank_pattern={'w': 3.5}; expected a mapping of strings to integers"),
+        (dict(alpha_pattern={"w": 0.0}), "alpha_pattern={'w': 0.0}; expected no 0"),
+        (dict(layers=(0, 1.0)), r"layers=\(0, 1.0\); expected a sequence of integers"),
+        (dict(layers="01"), "layers='01'; expected a sequence"),
+        (dict(layers=(True,)), r"layers=\(True,\); expected a sequence"),
+        (dict(init="zero_a", train_a=False), "init='zero_a' A is 0, and with train_a=False it stays so"),
         (dict(dropout=1.0), "a rate in \\[0, 1\\), found 1.0"),
     ],
 )
 def test_options_that_cannot_be(options, message):
     with pytest.raises(ValueError, match=message):
         one(pj.lora(targets="w", **options))
+
+
+def test_options_are_checked_by_what_a_method_says_of_them():
+    for method in (pj.dora, pj.loha, pj.lokr, pj.vera, pj.reft, pj.oft):
+        with pytest.raises(ValueError, match=f"{method.__name__}: rank=2.5; expected an integer"):
+            method(rank=2.5)
+    for method in (pj.dora, pj.loha, pj.lokr):
+        with pytest.raises(ValueError, match=f"{method.__name__}: alpha=0; expected no 0"):
+            method(alpha=0)
+    numpy = pj.lora(rank=np.int32(2), alpha=np.float32(6), targets=np.array(["w"]), layers=range(2))
+    assert numpy == pj.lora(rank=2, alpha=6.0, targets=("w",), layers=(0, 1))
+    assert pj.method.from_dict(numpy.to_dict()) == numpy
 
 
 def test_methods_are_values():

@@ -124,7 +124,8 @@ def lora(
 
     Raises:
       ValueError: a rank below 1 or above the smaller side of a weight, an unknown init, a pattern that matches nothing,
-        a use that a chosen weight does not have; with `bias`, a weight without a bias of its own.
+        a use that a chosen weight does not have, "zero_a" where A does not train; with `bias`, a weight without a bias of
+        its own.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj
@@ -137,6 +138,8 @@ def lora(
     check_known("lora", init=(init, INITS))
     if not 0 <= dropout < 1:
         raise ValueError(f"lora: dropout is a rate in [0, 1), found {dropout}")
+    if init == "zero_a" and not train_a:
+        raise ValueError("lora: with init='zero_a' A is 0, and with train_a=False it stays so: nothing could change")
     ranks, alphas = dict(rank_pattern or {}), dict(alpha_pattern or {})
 
     def scale_of(leaf: Leaf) -> tuple[int, float]:
