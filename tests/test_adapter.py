@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import zoo
+from covers import covered
 from golden_models import GOLDEN as FILES
 from golden_models import flax_tree
 from safetensors.numpy import load_file
@@ -138,7 +139,8 @@ def agree(kind, fn, params, args, twin, tolerance=1e-5, **options):
     return tuned
 
 
-KIND = pytest.mark.parametrize("kind", ["houlsby", "pfeiffer", "parallel", "scaled_parallel"])
+ALL = ["houlsby", "pfeiffer", "parallel", "scaled_parallel"]
+KIND = pytest.mark.parametrize("kind", ALL)
 
 
 def drawn(shapes, dtype=jnp.float32):
@@ -150,8 +152,7 @@ SHAPES = {"up": (4, 6), "down": (6, 4), "bias": (4,), "g": (4,), "b": (4,)}
 X = drawn({"x": (3, 5, 4)})["x"]
 
 
-@KIND
-@pytest.mark.parametrize("post", [None, "layer", "rms"])
+@pytest.mark.parametrize("kind, post", covered(ALL, [None, "layer", "rms"]))
 def test_the_equations_before_and_after_a_norm(kind, post):
     """Two layers, the second one with a bias; with a norm after each sum, or before each branch."""
     centred = post == "layer"
@@ -223,8 +224,7 @@ def test_experts_have_an_adapter_each(kind):
     assert tuned["w"].down.shape == (3, 4, 3) and tuned["w"].scale.shape == (3,)
 
 
-@KIND
-@pytest.mark.parametrize("post", [False, True])
+@pytest.mark.parametrize("kind, post", covered(ALL, [False, True]))
 def test_scanned_layers_have_an_adapter_each(kind, post):
     """The norm after the sum is stacked too."""
     params = drawn({"w": (3, 4, 4), "g": (3, 4)})
@@ -270,8 +270,7 @@ class TwinBlock(zoo.Block):
         )
 
 
-@KIND
-@pytest.mark.parametrize("name", ["linen_scan", "linen_scan_remat"])
+@pytest.mark.parametrize("kind, name", covered(ALL, ["linen_scan", "linen_scan_remat"]))
 def test_linen_blocks(kind, name):
     fn, params, args = zoo.MODELS[name].make()
     ends = {"at_down": "down", "at_out": "attention/out"} if kind == "houlsby" else {"at_down": "down"}
@@ -508,8 +507,9 @@ def test_merging_says_what_to_do_instead():
 
 
 @pytest.mark.third_party
-@pytest.mark.parametrize("kind", ["pfeiffer", "scaled_parallel"])
-@pytest.mark.parametrize("name", [n for n in CASES if not n.startswith(("Bert", "Llama"))])
+@pytest.mark.parametrize(
+    "name, kind", covered([n for n in CASES if not n.startswith(("Bert", "Llama"))], ["pfeiffer", "scaled_parallel"])
+)
 def test_on_models_of_transformers(name, kind, clip_of_old):
     fn, params, inputs = built(name)
     method = pj.adapter(kind, bottleneck=2, activation="tanh")

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import USUAL
+from covers import covered
 
 import peftjax as pj
 from peftjax.methods.reft import orthonormal
@@ -114,8 +115,7 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize("post", [False, True], ids=["pre_norm", "post_norm"])
-@pytest.mark.parametrize("names", PAIRS, ids="-".join)
+@pytest.mark.parametrize("names, post", covered(PAIRS, [False, True]))
 def test_one_over_another(names, post):
     """Values and the gradients of both; under a lock those of the upper one alone, and nothing else changes."""
     fn = lambda p, x: model(p, x, post)

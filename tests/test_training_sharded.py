@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import peftjax as pj
 import pytest
+from covers import covered
 from test_training import token_loss
 from flax import nnx
 from jax.sharding import AxisType
@@ -81,8 +82,7 @@ def started(method, mesh, tx):
     return pj.train_state(tuned, tx, mesh=mesh, specs=by_rules(RULES, pj.strip(tuned), mesh))
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method, accumulate", covered(list(METHODS), [1, 2]))
 def test_eight_devices_give_what_one_gives(method, accumulate):
     mesh, tx = make_mesh("data:2,fsdp:2,model:2"), optax.adamw(1e-2)
     step = pj.make_train_step(made(method)[0], token_loss, tx, mesh, accumulate=accumulate)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from covers import covered
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from zoo import MODELS
@@ -193,12 +194,10 @@ def close(got, want, mask=MASK):
     assert (np.abs(got - want) * mask).max() <= 1e-5 * np.abs(want).max()
 
 
-@pytest.mark.parametrize("side", ["first", "last"])
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("name", BUILDERS)
-def test_a_prefix_is_real_keys_and_values_whatever_ids_stand_there(name, causal, side, monkeypatch):
-    if causal and side == "last":
-        pytest.skip("a causal model cannot see what comes last")
+@pytest.mark.parametrize("name, placed", covered(list(BUILDERS), [(False, "first"), (True, "first"), (False, "last")]))
+def test_a_prefix_is_real_keys_and_values_whatever_ids_stand_there(name, placed, monkeypatch):
+    """A causal model cannot see what comes last."""
+    causal, side = placed
     fn, params = BUILDERS[name](causal)
     apply, tuned = pj.attach(pj.prefix(N), fn, params, IDS, MASK, key=KEY, tokens={"side": side})
     tuned = drawn(tuned)
@@ -209,8 +208,7 @@ def test_a_prefix_is_real_keys_and_values_whatever_ids_stand_there(name, causal,
     close(apply(pj.disable(tuned), IDS, MASK), fn(params, IDS, MASK))
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name, causal", covered(list(BUILDERS), [False, True]))
 def test_a_prompt_is_real_embeddings(name, causal):
     fn, params = BUILDERS[name](causal)
     apply, tuned = pj.attach(pj.prompt(N), fn, params, IDS, MASK, key=KEY, tokens={})
@@ -298,8 +296,7 @@ def test_the_laws_of_trees(kind, name, tmp_path):
             pj.fold(tuned)
 
 
-@pytest.mark.parametrize("kind", ["prompt", "prefix"])
-@pytest.mark.parametrize("name", LIFTED)
+@pytest.mark.parametrize("name, kind", covered(list(LIFTED), ["prompt", "prefix"]))
 def test_gradients_are_those_of_real_rows(name, kind):
     fn, params, apply, tuned = tuned_plain(kind, name=name)
     trainable, frozen = pj.partition(drawn(tuned))
