@@ -20,6 +20,8 @@ EXPERIMENTS = [
     "tokenizers",
     "safetensors>=0.4",
     "scikit-learn",
+    "seqeval",  # F1 of entities
+    "tensorboardX",
     "dm-pix",  # draws training images anew
     "pillow",
     "matplotlib",

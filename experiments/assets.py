@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import importlib.metadata
 import io
 import os
 import subprocess
@@ -155,11 +156,22 @@ def alone(folder: Path) -> Iterator[None]:
 
 def with_pip(package: str, version: str, kind: str, folder: Path) -> None:
     """Downloads the archive of one package, without what it depends on, into a folder."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--retries", "1", *_options(package, version, kind)]
-    done = subprocess.run([*command, "--dest", str(folder)], capture_output=True, text=True)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--retries", "1", *_resuming()]
+    command += [*_options(package, version, kind), "--dest", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["pip failed"]
+        said = done.stderr.strip().splitlines() or ["pip failed"]
+        lines = [line for line in said if line.startswith("ERROR")] or said
         raise OSError(lines[-1].removeprefix("ERROR: "))
+
+
+def _resuming() -> list[str]:
+    """Has a download that breaks off go on where it was, where pip can do that."""
+    try:
+        major, minor, *_ = importlib.metadata.version("pip").split(".")
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    return ["--resume-retries", "5"] if (int(major), int(minor)) >= (25, 1) else []
 
 
 def _options(package: str, version: str, kind: str) -> list[str]:

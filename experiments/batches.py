@@ -1,38 +1,28 @@
 """Token ids in batches of a few lengths, as numpy arrays."""
 
-from pathlib import Path
-from typing import Sequence
+import dataclasses
+from typing import Mapping, Sequence
 
 import grain
 import numpy as np
-from tokenizers import Tokenizer
 
 from experiments.columns import Ids
 
 Batch = dict[str, np.ndarray]
+IGNORED = -100  # the label of a token that does not count
 
 
-class Tokens:
-    """Turns texts to ids.
+@dataclasses.dataclass(frozen=True)
+class PerToken:
+    """A column with a value for each token of each example.
 
-    Args:
-      folder: a checkpoint's, with its `tokenizer.json`.
-      length: the most tokens of a text; what is longer is cut.
+    Attributes:
+      rows: as long as the ids.
+      fill: the value behind them.
     """
 
-    def __init__(self, folder: Path, length: int):
-        path = Path(folder) / "tokenizer.json"
-        if not path.is_file():
-            raise ValueError(f"{folder} has no tokenizer.json")
-        self._tokenizer = Tokenizer.from_file(str(path))
-        # A file may hold the settings of whoever saved it; here, batches are padded when their length is known.
-        self._tokenizer.enable_truncation(length)
-        self._tokenizer.no_padding()
-        self.length = length
-
-    def __call__(self, texts: Sequence[str]) -> Ids:
-        """The ids of each text, with the marks that the model expects around it; made when they are asked for."""
-        return Ids(texts, lambda some: [encoding.ids for encoding in self._tokenizer.encode_batch(some)])
+    rows: Sequence[Sequence[int]]
+    fill: int = IGNORED
 
 
 def lengths(longest: int, fixed: bool) -> tuple[int, ...]:
@@ -42,7 +32,7 @@ def lengths(longest: int, fixed: bool) -> tuple[int, ...]:
 
 def batches(
     ids: Sequence[Sequence[int]],
-    labels: np.ndarray,
+    columns: Mapping[str, np.ndarray | PerToken],
     size: int,
     widths: Sequence[int],
     seed: Sequence[int] | None = None,
@@ -55,15 +45,16 @@ def batches(
     Args:
       ids: per example; none is longer than the last width. Where they are `Ids`, a batch reads and encodes its texts
         when it is made, which iterators do ahead of time, in threads.
-      labels: (N,).
+      columns: what else a batch holds of its examples, such as "label": (N, ...), or a value per token.
       size: examples per batch, over all processes. What is left of a width fills up with examples of weight 0.
       widths: the lengths of batches; an example goes to the first that holds it.
       seed: shuffles examples and batches; None keeps the order of each width.
       share: (k, n) gives the k-th of n equal parts of each batch.
 
     Returns:
-      A data set whose k-th element is the k-th batch: `ids`, `mask` (size, width) int32, `label` (size,) int32,
-      `weight` (size,) float32, `index` (size,), which example. Iterators of it prefetch, and know where they stand.
+      A data set whose k-th element is the k-th batch: `ids`, `mask` (size, width) int32, `weight` (size,) float32,
+      `index` (size,), which example, and the columns, (size, ...) or (size, width). Iterators of it prefetch, and know
+      where they stand.
 
     Raises:
       ValueError: a size that the parts do not divide.
@@ -73,7 +64,7 @@ def batches(
     length = ids.lengths if isinstance(ids, Ids) else np.array([len(x) for x in ids])
     plan = _plan(length, size, widths, None if seed is None else np.random.default_rng(seed))
     part = slice(size * share[0] // share[1], size * (share[0] + 1) // share[1])
-    return grain.MapDataset.source(plan).map(lambda chosen: _batch(ids, labels, size, *chosen, part))
+    return grain.MapDataset.source(plan).map(lambda chosen: _batch(ids, columns, size, *chosen, part))
 
 
 def _plan(
@@ -90,15 +81,29 @@ def _plan(
 
 
 def _batch(
-    ids: Sequence[Sequence[int]], labels: np.ndarray, size: int, width: int, chosen: np.ndarray, part: slice
+    ids: Sequence[Sequence[int]],
+    columns: Mapping[str, np.ndarray | PerToken],
+    size: int,
+    width: int,
+    chosen: np.ndarray,
+    part: slice,
 ) -> Batch:
     index, weight = (x[part] for x in filled(chosen, size))
-    padded = np.zeros((len(index), width), np.int32)
-    mask = np.zeros((len(index), width), np.int32)
-    for row, own in enumerate(ids[k] for k in index):
-        padded[row, : len(own)] = own
-        mask[row, : len(own)] = 1
-    return {"ids": padded, "mask": mask, "label": labels[index].astype(np.int32), "weight": weight, "index": index}
+    own = [ids[k] for k in index]
+    mask = padded([np.ones(len(x), np.int32) for x in own], width, 0)
+    others = {
+        name: padded([x.rows[k] for k in index], width, x.fill) if isinstance(x, PerToken) else x[index]
+        for name, x in columns.items()
+    }
+    return {"ids": padded(own, width, 0), "mask": mask, "weight": weight, "index": index, **others}
+
+
+def padded(rows: Sequence[Sequence[int]], width: int, fill: int) -> np.ndarray:
+    """The rows, (len(rows), width) int32, each filled up at its end."""
+    made = np.full((len(rows), width), fill, np.int32)
+    for own, row in zip(made, rows):
+        own[: len(row)] = row
+    return made
 
 
 def filled(chosen: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -27,10 +27,15 @@ E = TypeVar("E", bound=Examples)
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Texts, which may stay on the disk until they are read, and their labels, integers from 0."""
+    """Texts, which may stay on the disk until they are read, and their labels.
 
-    texts: Sequence[str]
-    labels: np.ndarray  # (N,) int32
+    Attributes:
+      texts: strings; or words, or pairs of texts, as the task has it.
+      labels: (N,): int32 from 0, float32, or an object for each text, as the task has it.
+    """
+
+    texts: Sequence[Any]
+    labels: np.ndarray
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -116,9 +121,14 @@ def _checked(where: str, texts: Sequence[Any], labels: Iterable[Any], names: tup
     at = {name: k for k, name in enumerate(names)}
     found: list[int] = []
     for k, (text, label) in enumerate(zip(texts, labels), 1):
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{where}, row {k}: expected a text, found {text!r}")
+        check_text(where, k, text)
         if label not in at:
             raise ValueError(f"{where}, row {k}: label {label!r} is none of {', '.join(map(repr, names))}")
         found.append(at[label])
     return Rows(texts, np.array(found, np.int32))
+
+
+def check_text(where: str, k: int, text: Any) -> None:
+    """Raises where the k-th row of something has no text."""
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{where}, row {k}: expected a text, found {text!r}")

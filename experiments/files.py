@@ -1,19 +1,39 @@
-"""Labelled texts in a file of one's own: CSV, TSV or JSON lines."""
+"""Rows in a file of one's own: CSV, TSV or JSON lines."""
 
 import csv
+import io
 import json
+import sys
 from pathlib import Path
 from typing import Any, Callable
 
-
-def _csv(path: Path, delimiter: str = ",") -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        return list(csv.DictReader(file, delimiter=delimiter))
+csv.field_size_limit(sys.maxsize)  # a cell may hold a whole document
 
 
-def _jsonl(path: Path) -> list[dict[str, Any]]:
+def _csv(path: Path, text: str, delimiter: str = ",") -> list[dict[str, Any]]:
+    lines = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    columns = lines.fieldnames or []
+    if twice := sorted({name for name in columns if columns.count(name) > 1}):
+        raise ValueError(f"{path} has {len(columns)} columns, of which several are called {', '.join(twice)}")
     rows = []
-    for k, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    try:
+        for k, row in enumerate(lines, 1):
+            if None in row:
+                raise ValueError(
+                    f"{path}, row {k} has {len(columns) + len(row[None])} cells, and there are {len(columns)} columns; "
+                    f"expected quotes around a text that holds {delimiter!r}"
+                )
+            rows.append(row)
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {lines.line_num}: {error}") from error
+    return rows
+
+
+def _jsonl(path: Path, text: str) -> list[dict[str, Any]]:
+    rows = []
+    for k, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             rows.append(json.loads(line))
         except ValueError as error:
@@ -23,30 +43,49 @@ def _jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-READERS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
+READERS: dict[str, Callable[[Path, str], list[dict[str, Any]]]] = {
     ".csv": _csv,
-    ".tsv": lambda path: _csv(path, "\t"),
+    ".tsv": lambda path, text: _csv(path, text, "\t"),
     ".jsonl": _jsonl,
 }
 
 
-def read(path: Path, text: str, label: str) -> tuple[list[Any], list[str]]:
-    """The texts and the labels, as strings, in two columns of a file.
+def rows(path: Path, **columns: str) -> list[dict[str, Any]]:
+    """The rows of a file, which have all of some columns.
+
+    Args:
+      path: the file.
+      **columns: their names, by the flags that set these.
+
+    Raises:
+      ValueError: no such file or column, no rows, or a file that cannot be read.
+    """
+    if not path.is_file() or path.suffix not in READERS:
+        raise ValueError(f"{path}: expected a file that ends in {', '.join(READERS)}")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text: {error}") from error
+    found = READERS[path.suffix](path, text)
+    if not found:
+        raise ValueError(f"{path} has no rows")
+    for k, row in enumerate(found, 1):
+        if lacking := [column for column in columns.values() if column not in row]:
+            raise ValueError(
+                f"{path}, row {k} has no column {' nor '.join(map(repr, lacking))}, only {', '.join(map(repr, row))}. "
+                f"Name yours with {' and '.join(f'--config.{flag}=' for flag in columns)}"
+            )
+    return found
+
+
+def read(path: Path, text: str, label: str, flag: str = "label") -> tuple[list[Any], list[str]]:
+    """The texts and the labels, as strings, in two columns of a file; `flag` names the second one in messages.
 
     Raises:
       ValueError: no such file or column, no rows, or a row without a label.
     """
-    if not path.is_file() or path.suffix not in READERS:
-        raise ValueError(f"{path}: expected a file that ends in {', '.join(READERS)}")
-    rows = READERS[path.suffix](path)
-    if not rows:
-        raise ValueError(f"{path} has no rows")
-    for k, row in enumerate(rows, 1):
-        if lacking := [column for column in (text, label) if column not in row]:
-            raise ValueError(
-                f"{path}, row {k} has no column {' nor '.join(map(repr, lacking))}, only {', '.join(map(repr, row))}. "
-                "Name yours with --config.text= and --config.label="
-            )
+    found = rows(path, **{"text": text, flag: label})
+    for k, row in enumerate(found, 1):
         if row[label] is None or not str(row[label]).strip():
-            raise ValueError(f"{path}, row {k}: expected a label in {label!r}, found {row[label]!r}")
-    return [row[text] for row in rows], [str(row[label]).strip() for row in rows]
+            raise ValueError(f"{path}, row {k}: expected a {flag} in {label!r}, found {row[label]!r}")
+    return [row[text] for row in found], [str(row[label]).strip() for row in found]

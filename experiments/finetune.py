@@ -1,19 +1,23 @@
-"""Fine-tunes a BERT on labelled texts: by default MiniLM on movie reviews, with LoRA.
+"""Fine-tunes a BERT on texts: by default MiniLM on movie reviews, with LoRA.
 
 python experiments/finetune.py
-python experiments/finetune.py --config.method=head --config.seed=1
+python experiments/finetune.py --config.method=adapter --config.seed=1
 python experiments/finetune.py --config.data=mine.csv --config.text=sentence --config.label=mood
+python experiments/finetune.py --config.task=regress
+python experiments/finetune.py --config.task=tokens --config.data=names.jsonl --config.method=prefix
+python experiments/finetune.py --config.task=span --config.data=questions.jsonl --config.length=256
 python experiments/finetune.py --config.mesh=data:-1 --config.resume=auto
 
 launch.md beside this file says how to run it on many machines.
 """
 
 import contextlib
+import dataclasses
 import functools
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any, Callable
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -26,31 +30,29 @@ from ml_collections import config_flags
 from rich.console import Console
 
 import peftjax as pj
-from experiments import assets, baselines, data, display, processes, record
+from experiments import assets, display, logs, processes, recipes, record
 from experiments.batches import batches
-from experiments.classifier import ADAPTER, Classifier, Page
+from experiments.data import Rows
 from experiments.interruption import Interrupted
 from experiments.models.bert import RULES
 from experiments.schedules import warm_then_linear
-from experiments.train import Limits, Trained, cross_entropy, predict, score, train
+from experiments.tasks import TASKS, Encoded, Result
+from experiments.text_model import ADAPTER, Page, TextModel
+from experiments.train import Limits, Score, Trained, predict, train
 from peftjax.runs import Runs
 from peftjax.sharding_rules import by_rules, make_mesh, within
 
-FREE = ("out", "resume", "every", "mesh", "accumulate", "join", "timeout")  # what may change when a run goes on
-METHODS: dict[str, Callable[[ml_collections.ConfigDict], pj.Method]] = {
-    "lora": lambda c: pj.chain(pj.lora(c.lora.rank, c.lora.alpha, dropout=c.lora.dropout), pj.unfreeze("classifier")),
-    "full": lambda c: pj.full(),
-    "head": lambda c: pj.unfreeze("classifier"),
-}
+# What may change when a run goes on.
+FREE = ("out", "resume", "every", "mesh", "accumulate", "join", "timeout", "tensorboard", "profile")
 
 
-def start(c: ml_collections.ConfigDict, console: Console) -> list[baselines.Result]:
+def start(c: ml_collections.ConfigDict, console: Console) -> list[Result]:
     """Joins the other processes of the run, if there are any, and runs; the first one prints."""
     processes.join(c)
     return run(c, console if processes.is_first() else Console(quiet=True))
 
 
-def run(c: ml_collections.ConfigDict, console: Console) -> list[baselines.Result]:
+def run(c: ml_collections.ConfigDict, console: Console) -> list[Result]:
     """Trains as the configuration says, tests once, saves the adapter, and prints and records the results.
 
     Of several processes all train and test, and the first one saves and records.
@@ -62,80 +64,107 @@ def run(c: ml_collections.ConfigDict, console: Console) -> list[baselines.Result
     Returns:
       The baselines and, last, this run.
     """
-    if c.method not in METHODS:
-        raise ValueError(f"method {c.method!r}; expected one of {', '.join(METHODS)}")
-    rows = data.load(c.data, c.text, c.label, c.classes)
-    model = Classifier(Page(c.model, c.pool, c.length, c.fixed, rows.names), c.dropout)
-    method, start = METHODS[c.method](c), time.perf_counter()
-    trained, tuned, guess = fit(c, model, method, rows.train, rows.validation, console)
-    seconds = time.perf_counter() - start
+    if c.task not in TASKS:
+        raise ValueError(f"task {c.task!r}; expected one of {', '.join(TASKS)}")
+    task, rows = TASKS[c.task].read(c)
+    model = TextModel(Page(c.model, "each" if task.per_token else c.pool, c.length, c.fixed, task), c.dropout)
+    begin = time.perf_counter()
+    fitted = fit(c, model, rows.train, rows.validation, console)
+    seconds = time.perf_counter() - begin
 
-    read = lambda texts: batches(model.tokens(texts), np.zeros(len(texts), np.int32), c.batch, model.widths)
-    features = predict(model.features)
     test = rows.test.open()
-    guesses = guess(test.texts).argmax(1)
-    results = [
-        baselines.majority(rows.train, test),
-        baselines.words(rows.train, rows.validation, test),
-        baselines.probe(lambda x: features(model.params, read(x.texts), len(x)), rows.train, rows.validation, test),
-        baselines.Result(f"this run ({c.method})", guesses == test.labels, pj.count(tuned).trainable, seconds),
-    ]
+    run = task.result(f"this run ({c.method})", fitted.answers(test), test, pj.count(fitted.tuned).trainable, seconds)
+    results = [*task.baselines(rows, test, features(c, model)), run]
     if not processes.is_first():
         return results
     folder = folder_of_run(c)
-    pj.save(folder / ADAPTER, tuned, method, pj.roles(model, model.params, _example(model, c.batch)))
+    pj.save(folder / ADAPTER, fitted.tuned, fitted.method, pj.roles(model, model.params, _example(model, c.batch)))
     model.page.write(folder)
-    record.append(Path(c.out) / "results.jsonl", c.to_dict(), _numbers(results, trained))
+    record.append(Path(c.out) / "results.jsonl", c.to_dict(), _numbers(results, fitted.trained))
     console.print(display.table(results, len(test)))
-    console.print(f"best epoch {trained.progress.best} of {len(trained.progress.scores)}; the adapter is in {folder}")
+    progress = fitted.trained.progress
+    console.print(f"best epoch {progress.best} of {len(progress.scores)}; the adapter is in {folder}")
     return results
 
 
-def fit(
-    c: ml_collections.ConfigDict,
-    model: Classifier,
-    method: pj.Method,
-    training: data.Rows,
-    validation: data.Rows,
-    console: Console,
-) -> tuple[Trained, Any, Callable[[Sequence[str]], np.ndarray]]:
+def features(c: ml_collections.ConfigDict, model: TextModel) -> Callable[[Rows], np.ndarray]:
+    """Makes what gives the frozen encoder's features of texts, (N, D)."""
+    run = predict(model.features)
+    return lambda rows: run(model.params, batches(model.tokens(rows.texts), {}, c.batch, model.widths), len(rows))
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """What training gave.
+
+    Attributes:
+      trained: the tree on the mesh, and how the run went.
+      tuned: the tree, on this process alone.
+      method: that made it.
+      answers: what the tuned model says of rows.
+    """
+
+    trained: Trained
+    tuned: Any
+    method: pj.Method
+    answers: Callable[[Rows], np.ndarray]
+
+
+def fit(c: ml_collections.ConfigDict, model: TextModel, training: Rows, validation: Rows, console: Console) -> Fitted:
     """Trains on some rows and chooses the epoch on others.
 
-    Returns:
-      What training gave, on the mesh; the tuned tree, on this process alone; and a function from texts to logits.
-
     Raises:
-      ValueError: fewer rows than a batch, or a mesh that several processes lack.
+      ValueError: fewer rows than a batch, a mesh that several processes lack, or a method that is not known.
     """
     if jax.process_count() > 1 and not c.mesh:
         raise ValueError(f"{jax.process_count()} processes share one mesh; set --config.mesh=, such as data:-1")
     if len(training) < c.batch:
         raise ValueError(f"{len(training)} rows to train on are fewer than a batch of {c.batch}; set --config.batch=")
-    init, dropout = jax.random.split(jax.random.key(c.seed))
-    roles = pj.roles(model, model.params, _example(model, c.batch))
-    tuned, apply = method.init(init, model.params, roles), pj.wrap(model)
-    console.print(f"{method.name} {c.method}: {pj.count(tuned)}")
-    ids, chosen_on = model.tokens(training.texts), model.tokens(validation.texts)
+    task, longest = model.page.task, model.widths[-1]
+    examples, chosen_on = task.encoded(model.tokens, training), task.encoded(model.tokens, validation)
     plan = functools.partial(batches, size=c.batch, widths=model.widths)
+    steps = c.epochs * len(plan(examples.ids, examples.columns))
 
+    init, dropout = jax.random.split(jax.random.key(c.seed))
+    method, roles = recipes.method(c, steps), pj.roles(model, model.params, _example(model, c.batch))
+    tuned = method.init(init, model.fresh(init) if c.method == recipes.SCRATCH else model.params, roles)
+    console.print(f"{method.name} {c.method}: {pj.count(tuned)}")
     mesh = make_mesh(c.mesh) if c.mesh else None
-    tx = optimizer(c, steps=c.epochs * len(plan(ids, training.labels)))
+    tx = optimizer(c, steps)
     specs = None if mesh is None else by_rules(within(RULES, mesh), model.params, mesh)
     state = pj.train_state(tuned, tx, key=dropout, mesh=mesh, specs=specs)
-    step = pj.make_train_step(apply, cross_entropy, tx, mesh, method=method, accumulate=c.accumulate)
-    logits = predict(apply, step)
-    epoch = lambda number: plan(ids, training.labels, seed=(c.seed, number), share=step.share)
+    step = pj.make_train_step(model.apply, task.loss, tx, mesh, method=method, accumulate=c.accumulate)
+    run = predict(model.apply, step, longest if task.per_token else None)
+    epoch = lambda number: plan(examples.ids, examples.columns, seed=(c.seed, number), share=step.share)
 
-    def logits_of(tuned: Any, ids: Sequence[Any]) -> np.ndarray:
-        return logits(tuned, plan(ids, np.zeros(len(ids), np.int32), share=step.share), len(ids))
+    def outputs(tuned: Any, encoded: Encoded) -> np.ndarray:
+        return run(tuned, plan(encoded.ids, encoded.inputs, share=step.share), len(encoded.ids))
 
-    def validate(state: pj.TrainState) -> Any:
-        return score(logits_of(state.tuned, chosen_on), validation.labels)
+    def validate(state: pj.TrainState) -> Score:
+        out = outputs(state.tuned, chosen_on)
+        value = task.scores(task.answers(out, chosen_on), validation)[task.metric]
+        loss, aux = task.loss(jax.numpy.asarray(out), chosen_on.everything(longest))
+        return Score(value, float(loss / aux["weight"]))
 
-    with display.Bar(console) as bar, _runs(c, method, roles) as runs:
-        trained = train(step, state, epoch, validate, Limits(c.epochs, c.patience), bar, runs, c.every)
-    guess = lambda texts: logits_of(trained.tuned, model.tokens(texts))
-    return trained, processes.whole(trained.tuned, tuned), guess
+    with _shown(c, console, task.metric) as shown, _runs(c, method, roles) as runs:
+        trained = train(step, state, epoch, validate, Limits(c.epochs, c.patience), shown, runs, c.every)
+
+    def answers(rows: Rows) -> np.ndarray:
+        encoded = task.read_texts(model.tokens, rows.texts)
+        return task.answers(outputs(trained.tuned, encoded), encoded)
+
+    return Fitted(trained, processes.whole(trained.tuned, tuned), method, answers)
+
+
+@contextlib.contextmanager
+def _shown(c: ml_collections.ConfigDict, console: Console, metric: str) -> Any:
+    with contextlib.ExitStack() as stack:
+        places = [display.Bar(console, metric)]
+        if c.tensorboard and processes.is_first():
+            places.append(logs.TensorBoard(folder_of_run(c) / "tensorboard", metric))
+        if c.profile:
+            places.append(logs.Profile(folder_of_run(c) / "profile", c.profile))
+        yield logs.Together([stack.enter_context(place) for place in places])
 
 
 def _runs(c: ml_collections.ConfigDict, method: pj.Method, roles: pj.Roles) -> Any:
@@ -149,7 +178,8 @@ def _runs(c: ml_collections.ConfigDict, method: pj.Method, roles: pj.Roles) -> A
 
 def folder_of_run(c: ml_collections.ConfigDict) -> Path:
     """Where the run of a configuration leaves what it made."""
-    return Path(c.out) / f"{Path(c.data).stem}-{c.method}-seed{c.seed}"
+    task = "" if c.task == "classify" else f"-{c.task}"
+    return Path(c.out) / f"{Path(c.data).stem}{task}-{c.method}-seed{c.seed}"
 
 
 def optimizer(c: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
@@ -158,20 +188,17 @@ def optimizer(c: ml_collections.ConfigDict, steps: int) -> optax.GradientTransfo
     return optax.chain(optax.clip_by_global_norm(c.clip), optax.adamw(schedule, weight_decay=c.decay))
 
 
-def _example(model: Classifier, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+def _example(model: TextModel, size: int) -> dict[str, jax.ShapeDtypeStruct]:
     ids = jax.ShapeDtypeStruct((size, model.page.length), np.int32)
     return {"ids": ids, "mask": ids}
 
 
-def _numbers(results: list[baselines.Result], trained: Trained) -> dict[str, Any]:
-    lines = [
-        {"name": r.name, "accuracy": r.accuracy, "error": r.error, "trainable": r.trainable, "seconds": r.seconds}
-        for r in results
-    ]
+def _numbers(results: list[Result], trained: Trained) -> dict[str, Any]:
     went = trained.progress.to_dict()
     return {
-        "test": lines,
+        "test": [dataclasses.asdict(one) for one in results],
         "validation": went["scores"],
+        "losses": went["losses"],
         "best_epoch": went["best"],
         "epoch_seconds": went["seconds"],
     }

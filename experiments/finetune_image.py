@@ -30,7 +30,15 @@ import peftjax as pj
 from experiments import assets, baselines, display, images, record, report, vision
 from experiments.images import Images, batches
 from experiments.schedules import warm_then_linear
-from experiments.train import Limits, Trained, arrays, cross_entropy, predict, score, train
+from experiments.train import (
+    Limits,
+    Trained,
+    arrays,
+    cross_entropy,
+    predict,
+    score,
+    train,
+)
 
 LISTS = ("strategies", "rows", "seeds")  # what a call goes through
 FREE = (*LISTS, "out")  # what does not matter to a single run
@@ -179,7 +187,7 @@ class Lab:
             trained = self._fit(one, stage, tools, tuned, stats, training, self.c.steps // len(methods))
             tuned, stats = trained.tuned, trained.model_state
             seconds, best = seconds + sum(trained.progress.seconds), [*best, trained.progress.best]
-        accuracy = lambda some: score(self._logits(tools, tuned, stats, some), some.labels).accuracy
+        accuracy = lambda some: score(self._logits(tools, tuned, stats, some), some.labels).value
         measured = {"training": accuracy(training[np.arange(min(len(training), self.c.measured))])}
         measured["validation"], trains = accuracy(self.data.validation), pj.count(tuned).trainable
         return {**measured, "test": accuracy(self.test), "seconds": seconds, "trainable": trains, "best": best}

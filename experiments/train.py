@@ -23,15 +23,15 @@ class Shown(Protocol):
     """Where progress is shown."""
 
     def epoch(self, number: int, steps: int, done: int) -> None: ...
-    def step(self, loss: float, rate: float) -> None: ...
-    def score(self, number: int, accuracy: float, loss: float, best: bool) -> None: ...
+    def step(self, number: int, loss: float, rate: float) -> None: ...
+    def score(self, number: int, score: "Score", best: bool) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """How well a model does on rows: the share it gets right, and its mean cross-entropy."""
+    """How well a model does on rows: the value by which epochs are chosen, such as accuracy, and the mean loss."""
 
-    accuracy: float
+    value: float
     loss: float
 
 
@@ -43,6 +43,7 @@ class Progress:
       epoch: the number of the epoch in hand, from 1.
       data: the state of its iterator, or None at its beginning.
       scores: on the validation rows, per finished epoch.
+      losses: on the training rows, per epoch: the mean over its steps so far.
       seconds: per epoch, compilation included, validation not.
       best: the number of the best finished epoch; 0 for none.
     """
@@ -50,6 +51,7 @@ class Progress:
     epoch: int = 1
     data: Any = None
     scores: list[Score] = dataclasses.field(default_factory=list)
+    losses: list[float] = dataclasses.field(default_factory=list)
     seconds: list[float] = dataclasses.field(default_factory=list)
     best: int = 0
 
@@ -108,74 +110,91 @@ def train(
     Args:
       step, state: of `peftjax.make_train_step` and `peftjax.train_state`.
       epoch: `epoch(number)`, the batches of an epoch, from 1.
-      validate: the score of a state on rows that are not trained on. Higher accuracy is better, then lower loss.
+      validate: the score of a state on rows that are not trained on. A higher value is better, then a lower loss.
       limits: when to stop.
       shown: where progress is shown.
       runs: where checkpoints go, after every epoch and `every` so many steps, and whence the run goes on; None for none.
         Its best checkpoint is that of the largest `epoch`.
+      every: how many steps; 0 for epochs alone.
 
     Raises:
       FloatingPointError: too many losses in a row were not finite; the last good state is saved.
       Interrupted: the process was asked to stop; the state is saved.
     """
-    now, kept = Progress(), state
-    if runs is not None and (found := runs.restore(state)) is not None:
-        now = Progress.from_dict(found[1])
-        best = None if runs.best is None else runs.restore(state, runs.best)
-        kept, state = (found if best is None else best)[0], found[0]
-    kept, saved = _copy(kept), None
-
-    def save(**metrics: float) -> None:
-        nonlocal saved
-        at = (int(state.step), now.epoch)
-        if runs is not None and at != saved:
-            runs.save(state, data=now.to_dict(), metrics=metrics or None)
-            saved = at
-
+    going = _Going(step, state, limits, shown, runs, every)
+    now = going.now
     with Interruption(runs) as interruption:
         while now.epoch <= limits.epochs and (now.best == 0 or now.epoch - 1 - now.best < limits.patience):
-            batches = epoch(now.epoch)
-            reading, before = _reading(batches, now), sum(now.seconds[now.epoch - 1 :])
-            shown.epoch(now.epoch, len(batches), 0 if now.data is None else now.data["next_index"])
-            start = time.perf_counter()
-            for batch in reading:
-                began = time.perf_counter()
-                state, metrics = step(state, arrays(batch))
-                loss = float(metrics["loss"])
-                now.data = reading.get_state()
-                now.seconds[now.epoch - 1 :] = [before + time.perf_counter() - start]
-                _check(state, loss, limits, save)
-                shown.step(loss, float(batch["weight"].sum()) / (time.perf_counter() - began))
-                if every and int(state.step) % every == 0:
-                    save()
-                interruption.check(int(state.step), save)
-            score = validate(state)
-            now.scores.append(score)
-            if better := now.best == 0 or _rank(score) > _rank(now.scores[now.best - 1]):
-                now.best, kept = now.epoch, _copy(state)
-            shown.score(now.epoch, score.accuracy, score.loss, better)
-            now.epoch, now.data = now.epoch + 1, None
-            save(**({"epoch": now.epoch - 1} if better else {}))
+            going.train(epoch(now.epoch), interruption)
+            going.judge(validate(going.state))
     if runs is not None:
         runs.wait()
-    return Trained(kept.tuned, now, kept.model_state)
+    return Trained(going.kept.tuned, now, going.kept.model_state)
 
 
-def _reading(batches: grain.MapDataset, now: Progress) -> Any:
-    reading = iter(batches.to_iter_dataset())
-    if now.data is not None:
-        reading.set_state(now.data)
-    return reading
+class _Going:
+    """A run in hand: where it stands, its state, and the state after the best epoch."""
 
+    def __init__(
+        self, step: pj.TrainStep, state: pj.TrainState, limits: Limits, shown: Shown, runs: Runs | None, every: int
+    ):
+        self.step, self.limits, self.shown, self.runs, self.every = step, limits, shown, runs, every
+        self.now, self.state, kept, self._saved = Progress(), state, state, (-1, -1)
+        if runs is not None and (found := runs.restore(state)) is not None:
+            self.state, self.now = found[0], Progress.from_dict(found[1])
+            best = None if runs.best is None else runs.restore(state, runs.best)
+            kept = (found if best is None else best)[0]
+        self.kept = _copy(kept)
 
-def _check(state: pj.TrainState, loss: float, limits: Limits, save: Callable[[], None]) -> None:
-    if (failing := int(state.failing)) < limits.failing:
-        return
-    save()
-    raise FloatingPointError(
-        f"{failing} steps in a row, up to step {int(state.step)}, had a loss ({loss}), a gradient or an update that was "
-        "not finite; is the learning rate too high? The state before them is kept"
-    )
+    def train(self, batches: grain.MapDataset, interruption: Interruption) -> None:
+        """Goes through the rest of an epoch."""
+        now, reading = self.now, iter(batches.to_iter_dataset())
+        done = 0 if now.data is None else now.data["next_index"]
+        if now.data is not None:
+            reading.set_state(now.data)
+        spent, total = sum(now.seconds[now.epoch - 1 :]), done * sum(now.losses[now.epoch - 1 :])
+        self.shown.epoch(now.epoch, len(batches), done)
+        start = time.perf_counter()
+        for done, batch in enumerate(reading, done + 1):
+            began = time.perf_counter()
+            self.state, metrics = self.step(self.state, arrays(batch))
+            loss = float(metrics["loss"])
+            total += loss
+            now.data = reading.get_state()
+            now.seconds[now.epoch - 1 :] = [spent + time.perf_counter() - start]
+            now.losses[now.epoch - 1 :] = [total / done]
+            self._check(loss)
+            number = int(self.state.step)
+            self.shown.step(number, loss, float(batch["weight"].sum()) / (time.perf_counter() - began))
+            if self.every and number % self.every == 0:
+                self.save()
+            interruption.check(number, self.save)
+
+    def judge(self, score: Score) -> None:
+        """Ends an epoch, with its score."""
+        now = self.now
+        now.scores.append(score)
+        if better := now.best == 0 or _rank(score) > _rank(now.scores[now.best - 1]):
+            now.best, self.kept = now.epoch, _copy(self.state)
+        self.shown.score(now.epoch, score, better)
+        now.epoch, now.data = now.epoch + 1, None
+        self.save(**({"epoch": now.epoch - 1} if better else {}))
+
+    def save(self, **metrics: float) -> None:
+        """Saves the state, unless it was."""
+        at = (int(self.state.step), self.now.epoch)
+        if self.runs is not None and at != self._saved:
+            self.runs.save(self.state, data=self.now.to_dict(), metrics=metrics or None)
+            self._saved = at
+
+    def _check(self, loss: float) -> None:
+        if (failing := int(self.state.failing)) < self.limits.failing:
+            return
+        self.save()
+        raise FloatingPointError(
+            f"{failing} steps in a row, up to step {int(self.state.step)}, had a loss ({loss}), a gradient or an update "
+            "that was not finite; is the learning rate too high? The state before them is kept"
+        )
 
 
 def _copy(state: pj.TrainState) -> pj.TrainState:
@@ -185,7 +204,7 @@ def _copy(state: pj.TrainState) -> pj.TrainState:
 
 
 def _rank(score: Score) -> tuple[float, float]:
-    return score.accuracy, -score.loss
+    return score.value, -score.loss
 
 
 def arrays(batch: Batch) -> Batch:
@@ -193,18 +212,27 @@ def arrays(batch: Batch) -> Batch:
     return {name: x for name, x in batch.items() if name != "index"}
 
 
-def predict(apply: Apply, step: pj.TrainStep | None = None) -> Callable[[Any, Iterable[Batch], int], np.ndarray]:
-    """Makes `logits(tuned, batches, n)`: the logits of n examples, (n, classes), in the order of their index.
+def predict(
+    apply: Apply, step: pj.TrainStep | None = None, longest: int | None = None
+) -> Callable[[Any, Iterable[Batch], int], np.ndarray]:
+    """Makes `outputs(tuned, batches, n)`: the outputs of n examples, (n, ...), in the order of their index.
 
     Args:
       apply: `apply(tuned, batch)`.
       step: the train step on whose mesh the tree lies; None for one device.
+      longest: of outputs per token, the length that each is filled up to, with zeros.
     """
     mesh = None if step is None else step.mesh
     whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    forward = jax.jit(lambda tuned, batch: (apply(tuned, arrays(batch)), batch["index"]), out_shardings=whole)
 
-    def logits(tuned: Any, batches: Iterable[Batch], n: int) -> np.ndarray:
+    def run(tuned: Any, batch: Batch) -> tuple[jax.Array, Any]:
+        out = apply(tuned, arrays(batch))
+        wide = [(0, longest - out.shape[1] if longest and axis == 1 else 0) for axis in range(out.ndim)]
+        return jnp.pad(out, wide), batch["index"]
+
+    forward = jax.jit(run, out_shardings=whole)
+
+    def outputs(tuned: Any, batches: Iterable[Batch], n: int) -> np.ndarray:
         found: np.ndarray | None = None
         for batch in batches:
             out, index = map(np.asarray, forward(tuned, batch if step is None else step.place(batch)))
@@ -214,13 +242,10 @@ def predict(apply: Apply, step: pj.TrainStep | None = None) -> Callable[[Any, It
             raise ValueError(f"{n} examples, and not every one has a finite result")
         return found
 
-    return logits
+    return outputs
 
 
 def score(logits: np.ndarray, labels: np.ndarray) -> Score:
-    """The score of logits (N, classes) for labels (N,)."""
-    logits = logits.astype(np.float64)
-    top = logits.max(1, keepdims=True)
-    log_sum = top[:, 0] + np.log(np.exp(logits - top).sum(1))
-    loss = log_sum - logits[np.arange(len(labels)), labels]
-    return Score(float((logits.argmax(1) == labels).mean()), float(loss.mean()))
+    """The accuracy and the mean cross-entropy of logits (N, classes) for labels (N,)."""
+    each = optax.softmax_cross_entropy_with_integer_labels(jnp.asarray(logits), jnp.asarray(labels))
+    return Score(float((logits.argmax(1) == labels).mean()), float(each.mean()))

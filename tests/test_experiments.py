@@ -18,10 +18,11 @@ from test_bert import SIZES, torch_tensors, write
 from test_experiments_data import tokenizer
 
 import peftjax as pj
-from experiments import assets, classifier, classify, data, finetune, train
+from experiments import assets, data, finetune, predict, text_model, train
 from experiments.configs import reviews
 from experiments.models import bert
 from experiments.models.load import load
+from experiments.tokens import Tokens
 
 pytestmark = pytest.mark.third_party  # optax's Adam needs the usual promotion
 
@@ -77,13 +78,15 @@ def test_a_run_prints_a_table(finished):
     for part in (
         "examples/s",
         "epoch 2: validation accuracy",
-        "Test accuracy, 30 rows",
+        "Test rows: 30",
+        "MCC",
         "trainable",
         *(r.name for r in results),
     ):
         assert part in printed
-    assert results[-1].accuracy > results[0].accuracy + 0.25
-    assert results[1].error == pytest.approx(np.sqrt(results[1].accuracy * (1 - results[1].accuracy) / 30))
+    accuracy = [r.scores["accuracy"] for r in results]
+    assert accuracy[-1] > accuracy[0] + 0.25
+    assert results[1].error == pytest.approx(np.sqrt(accuracy[1] * (1 - accuracy[1]) / 30))
 
 
 def test_a_run_leaves_a_record(finished):
@@ -92,22 +95,22 @@ def test_a_run_leaves_a_record(finished):
     assert set(row) == {"time", "commit", "versions", "device", "config", "results"}
     assert row["config"]["lora"] == {"rank": 8, "alpha": 16.0, "dropout": 0.0} and row["config"]["seed"] == 0
     assert row["device"]["platform"] == "cpu" and row["versions"]["jax"] == jax.__version__
-    assert [x["accuracy"] for x in row["results"]["test"]] == [r.accuracy for r in results]
-    assert len(row["results"]["validation"]) == 10 and 1 <= row["results"]["best_epoch"] <= 10
+    assert row["results"]["test"] == [dataclasses.asdict(r) for r in results]
+    assert len(row["results"]["validation"]) == 10 == len(row["results"]["losses"]) and 1 <= row["results"]["best_epoch"] <= 10
 
 
-def test_classifies_with_the_adapter(finished):
+def test_the_adapter_classifies(finished):
     folder, results, _ = finished
     texts = ["the plot was great", "a dull story", "fine"]
-    found = classify.classify(folder, texts)
-    assert [name for name, _ in found] == ["good", "bad", "good"] and all(0.5 < p <= 1 for _, p in found)
-    model = classifier.Classifier(classifier.read(folder))
+    found = [line.split() for line in predict.said(folder, texts)]
+    assert [name for name, _ in found] == ["good", "bad", "good"] and all(0.5 < float(p) <= 1 for _, p in found)
+    model = text_model.TextModel(text_model.read(folder))
     tuned = pj.load(folder / "adapter", model.params)
     assert pj.count(tuned).trainable == results[-1].trainable
     with pytest.raises(ValueError, match="none that is empty"):
-        classify.classify(folder, [" "])
-    with pytest.raises(ValueError, match="has no classifier.json; expected the folder of a run"):
-        classify.classify(folder.parent, ["fine"])
+        predict.said(folder, [" "])
+    with pytest.raises(ValueError, match="has no model.json; expected the folder of a run"):
+        predict.said(folder.parent, ["fine"])
 
 
 def test_the_scripts_run_as_files_and_give_the_same_bits(finished, place):
@@ -133,22 +136,27 @@ def test_the_scripts_run_as_files_and_give_the_same_bits(finished, place):
     assert "this run (lora)" in done.stdout
     mine, again = (x / "adapter" / "adapter.safetensors" for x in (folder, place / "again" / "mine-lora-seed0"))
     assert mine.read_bytes() == again.read_bytes()
-    script = [sys.executable, str(ROOT / "experiments" / "classify.py"), f"--adapter={folder}", "a great film"]
+    script = [sys.executable, str(ROOT / "experiments" / "predict.py"), f"--adapter={folder}", "a great film"]
     done = subprocess.run(script, cwd=place, env=env, capture_output=True, text=True, timeout=300)
     assert done.stdout.startswith("good  0.") and done.stdout.endswith("  a great film\n")
 
 
 def test_full_fine_tuning(finished, place):
-    """Every parameter trains, the pooler's too where it is the pooler that the head reads."""
-    c = configured(place, method="full", epochs=1, pool="first")
+    """Every parameter trains, the pooler's too where it is the pooler that the head reads; and what it logs."""
+    c = configured(place, method="full", epochs=1, pool="first", tensorboard=True, profile="3:5")
     result = finetune.run(c, Console(file=io.StringIO()))[-1]
     body = sum(x.size for x in jax.tree.leaves(load(place / "model", "first")[1]))
     assert (result.name, result.trainable) == ("this run (full)", 34 + body)
+    (events,) = (finetune.folder_of_run(c) / "tensorboard").iterdir()
+    for name in (b"training/loss", b"training/examples_per_second", b"validation/accuracy", b"validation/loss"):
+        assert name in events.read_bytes()
+    (profile,) = (finetune.folder_of_run(c) / "profile").rglob("*.xplane.pb")
+    assert profile.read_bytes().count(b"jit_advance") >= 2
 
 
 def test_the_seed_draws_everything(finished, place):
     """The order of the data, and A of LoRA, before any training."""
-    model = classifier.Classifier(classifier.read(finished[0]))
+    model = text_model.TextModel(text_model.read(finished[0]))
     rows = data.load(str(place / "mine.csv"))
     seen = {}
 
@@ -160,9 +168,7 @@ def test_the_seed_draws_everything(finished, place):
         patch.setattr(finetune, "train", spy)
         for seed in (0, 0, 1):
             c = configured(place, seed=seed)
-            finetune.fit(
-                c, model, finetune.METHODS["lora"](c), rows.train, rows.validation, Console(file=io.StringIO())
-            )
+            finetune.fit(c, model, rows.train, rows.validation, Console(file=io.StringIO()))
     jax.tree.map(np.testing.assert_array_equal, seen[0], seen[1])
     for one, other in zip(seen[0][0].items(), seen[2][0].values()):
         assert (one[1] == other).all() == (not one[0].endswith("/a")), one[0]
@@ -197,7 +203,7 @@ def test_training_never_reads_the_test_rows(finished, place, monkeypatch):
 
     original = finetune.fit
     watched = dataclasses.replace(rows, test=Watched(rows.test.open()))
-    monkeypatch.setattr(finetune.data, "load", lambda *_: watched)
+    monkeypatch.setattr(data, "load", lambda *_: watched)
     monkeypatch.setattr(finetune, "fit", fit)
     results = finetune.run(configured(place, epochs=1, method="head"), Console(file=io.StringIO()))
     assert (results[-1].name, results[-1].trainable) == ("this run (head)", 34)
@@ -206,7 +212,7 @@ def test_training_never_reads_the_test_rows(finished, place, monkeypatch):
 
 def test_a_run_that_peeks_at_the_test_rows_fails(finished, place, monkeypatch):
     rows = data.load(str(place / "mine.csv"))
-    monkeypatch.setattr(finetune.data, "load", lambda *_: rows)
+    monkeypatch.setattr(data, "load", lambda *_: rows)
 
     def peeking(step, state, *_):
         rows.test.open()
@@ -272,15 +278,17 @@ def test_losses_that_are_not_finite_stop_the_run_after_a_few(loop):
 
 def test_scores():
     found = train.score(np.log(np.array([[0.25, 0.75], [0.5, 0.5]], np.float32)), np.array([1, 1]))
-    assert found.accuracy == 0.5 and found.loss == pytest.approx(-np.log([0.75, 0.5]).mean())
+    assert found.value == 0.5 and found.loss == pytest.approx(-np.log([0.75, 0.5]).mean())
 
 
 def test_says_what_is_wrong_with_a_configuration(place):
     for changes, message in (
-        ({"method": "prompt"}, "method 'prompt'; expected one of lora, full, head"),
+        ({"method": "prompts"}, "method 'prompts'; expected one of lora, dora, .*, scratch"),
+        ({"task": "rank"}, "task 'rank'; expected one of classify, regress, tokens, span"),
+        ({"profile": "1:3"}, 'profile .1:3.; expected "first:end" with 1 < first < end'),
         ({"batch": 512}, "140 rows to train on are fewer than a batch of 512; set --config.batch="),
         ({"mesh": "data:3"}, "the sizes multiply to 3, expected 8, the number of devices"),
-        ({"pool": "max"}, "pool 'max'; expected one of mean, first"),
+        ({"pool": "max"}, "pool 'max'; expected mean or first"),
         ({"length": 13}, "length 13; this model takes 3 to 12 tokens"),
         ({"data": "nowhere.csv"}, "nowhere.csv: expected a file"),
         ({"model": str(place / "mine.csv")}, "is no folder"),
@@ -300,9 +308,9 @@ def test_minilm(usual_promotion):
         pytest.skip(f"{assets.MINILM.what} is not in the cache; experiments/finetune.py fetches it")
     config, params = load(assets.fetch(assets.MINILM), "first")
     assert len(jax.tree.leaves(params)) == 103 and sum(x.size for x in jax.tree.leaves(params)) == 22_713_216
-    tokens = classifier.Tokens(folder, 16)
+    tokens = Tokens(folder, 16)
     texts = ["a man is eating food", "someone has a meal", "the stock market fell sharply today"]
-    batch = finetune.batches(tokens(texts), np.zeros(3, np.int32), 3, (16,))[0]
+    batch = finetune.batches(tokens(texts), {}, 3, (16,))[0]
     hidden, pooled = jax.jit(bert.Bert(config, "first").apply)({"params": params}, batch["ids"], batch["mask"])
     with usual_promotion():
         theirs = transformers.FlaxBertModel(transformers.BertConfig.from_pretrained(folder), _do_init=False)

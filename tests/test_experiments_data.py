@@ -13,8 +13,9 @@ import tensorflow_datasets as tfds
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from experiments import assets, catalogue, data, reviews
-from experiments.batches import Tokens, batches, lengths
+from experiments.batches import IGNORED, PerToken, batches, lengths
 from experiments.columns import Picked, Texts
+from experiments.tokens import Tokens
 
 # Assets
 
@@ -220,7 +221,7 @@ def test_a_data_set_by_name(cache):
 
 def test_what_needs_tensorflow_says_so(cache, monkeypatch):
     monkeypatch.setattr(catalogue.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"'no_such_set' is no file.*pip install \"peftjax\[tf\]\""):
+    with pytest.raises(ValueError, match=r"'no_such_set' is no file.*pip install -e \"\.\[tf\]\""):
         data.load("no_such_set")
 
 
@@ -277,6 +278,35 @@ def test_says_what_is_wrong_with_a_file(name, content, options, message, tmp_pat
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "name,content,message",
+    [
+        ("a.csv", b"text,label\nfine,good\nslow, and long,bad\n", "row 2 has 3 cells, and there are 2 columns; expected qu"),
+        ("a.csv", b"text,label,label\nfine,good,bad\n", "has 3 columns, of which several are called label"),
+        ("a.csv", b'text,label\n"fine,good\n', "unexpected end of data"),
+        ("a.csv", b"text,label\nd\xe9j\xe0 vu,bad\n", "is no UTF-8 text"),
+        ("a.jsonl", b'{"text": "d\xe9j\xe0", "label": "bad"}', "is no UTF-8 text"),
+    ],
+)
+def test_says_what_damaged_a_file(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        data.load(str(tmp_path / name))
+
+
+def test_a_line_of_json_ends_at_a_line_feed_alone(tmp_path):
+    lines = [json.dumps({"text": f"one\u2028two\x85{k}", "label": "ab"[k % 2]}, ensure_ascii=False) for k in range(8)]
+    (tmp_path / "a.jsonl").write_text("\n\n".join(lines) + "\n")
+    found = data.load(str(tmp_path / "a.jsonl"))
+    assert all(text.startswith("one\u2028two\x85") for text in found.train.texts)
+
+
+def test_a_cell_may_hold_a_whole_document(tmp_path):
+    rows = "".join(f"{'long ' * 40_000},{'ab'[k % 2]}\n" for k in range(6))
+    (tmp_path / "a.csv").write_text("text,label\n" + rows)
+    assert max(map(len, data.load(str(tmp_path / "a.csv")).train.texts)) == 200_000
+
+
 def test_says_that_there_is_no_such_file():
     with pytest.raises(ValueError, match="nowhere.csv: expected a file"):
         data.load("nowhere.csv")
@@ -291,7 +321,7 @@ def tokenizer(folder, words):
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     made.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     made.enable_truncation(128)
     made.enable_padding(length=128)
@@ -304,6 +334,9 @@ def test_tokens_are_cut_and_not_padded(tmp_path):
     assert list(ids) == [[2, 4, 3], [2, 4, 5, 3]] and ids.lengths.tolist() == [3, 4]
     with pytest.raises(ValueError, match="has no tokenizer.json"):
         Tokens(tmp_path / "other", 4)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="tokenizer.json is damaged"):
+        Tokens(tmp_path, 4)
 
 
 class Watched:
@@ -326,7 +359,7 @@ def test_a_batch_reads_the_texts_of_its_part_when_it_is_made(tmp_path):
     rows = Watched(12)
     ids = Tokens(tmp_path, 5)(Texts(rows, "t"))
     assert rows.read == list(range(12)) and ids.lengths.tolist() == [3, 4, 5] * 4
-    made = [batches(ids, np.zeros(12), 4, (3, 4, 5), seed=(1,), share=(k, 2)) for k in range(2)]
+    made = [batches(ids, {}, 4, (3, 4, 5), seed=(1,), share=(k, 2)) for k in range(2)]
     rows.read.clear()
     parts = [part[0] for part in made]
     assert rows.read == [*parts[0]["index"], *parts[1]["index"]] and len(set(rows.read)) == 4
@@ -337,7 +370,7 @@ def test_a_batch_reads_the_texts_of_its_part_when_it_is_made(tmp_path):
 
 
 def test_an_iterator_goes_on_from_its_state():
-    made = batches([[7] * (1 + k % 8) for k in range(21)], np.arange(21), 4, lengths(8, fixed=False), seed=(0,))
+    made = batches([[7] * (1 + k % 8) for k in range(21)], {"label": np.arange(21)}, 4, lengths(8, fixed=False), seed=(0,))
     reading = iter(made.to_iter_dataset())
     for _ in range(3):
         next(reading)
@@ -351,7 +384,7 @@ def test_an_iterator_goes_on_from_its_state():
 def test_every_example_is_in_one_batch():
     ids = [[7] * (1 + k % 8) for k in range(21)]
     labels = np.arange(21)
-    made = list(batches(ids, labels, 4, lengths(8, fixed=False), seed=(0,)))
+    made = list(batches(ids, {"label": labels}, 4, lengths(8, fixed=False), seed=(0,)))
     assert {b["ids"].shape for b in made} == {(4, w) for w in (2, 3, 4, 5, 6, 8)}
     real = [k for b in made for k, w in zip(b["index"], b["weight"]) if w]
     assert sorted(real) == list(range(21)) and real != sorted(real)
@@ -362,7 +395,7 @@ def test_every_example_is_in_one_batch():
 
 
 def test_batches_of_one_length_in_order():
-    made = list(batches([[1], [1, 1], [1]], np.zeros(3), 2, lengths(5, fixed=True)))
+    made = list(batches([[1], [1, 1], [1]], {}, 2, lengths(5, fixed=True)))
     assert [b["ids"].shape for b in made] == [(2, 5), (2, 5)]
     np.testing.assert_array_equal(np.concatenate([b["index"] for b in made]), [0, 1, 2, 2])
 

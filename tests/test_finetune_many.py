@@ -45,7 +45,7 @@ def alone(place):  # noqa: F811
 
 def same(found, alone):
     np.testing.assert_allclose(found[1], alone[1], rtol=1e-5)
-    assert found[0]["results"]["test"][-1]["accuracy"] == alone[0]["results"]["test"][-1]["accuracy"]
+    assert found[0]["results"]["test"][-1]["scores"] == alone[0]["results"]["test"][-1]["scores"]
     assert set(found[2]) == set(alone[2])
     for name, x in alone[2].items():
         np.testing.assert_allclose(found[2][name], x, atol=1e-3 * np.abs(x).max(), err_msg=name)
@@ -79,7 +79,7 @@ def test_two_processes_give_what_one_device_gives(place, alone):  # noqa: F811
         process.join(200)
     assert [process.exitcode for process in both] == [0, 0]
     printed = [(place / f"printed-{k}").read_text() for k in range(2)]
-    assert "Test accuracy, 30 rows" in printed[0] and not printed[1]
+    assert "Test rows: 30" in printed[0] and not printed[1]
     assert len((place / "two" / "results.jsonl").read_text().splitlines()) == 1
     found = left(place / "two")
     assert (found[0]["device"]["count"], found[0]["device"]["processes"]) == (4, 2)

@@ -41,7 +41,7 @@ def begin(mesh=None):
     params = {"embed": normal(11, 8), "up": normal(8, 16), "down": normal(16, 3)}
     pooled = lambda params, b: (params["embed"][b["ids"]] * b["mask"][..., None].astype(jnp.float32)).sum(1)
     fn = lambda params, b: jnp.tanh(pooled(params, b) @ params["up"]) @ params["down"]
-    example = arrays(batches(IDS, np.zeros(40, int), 8, (2, 4))[0])
+    example = arrays(batches(IDS, {"label": np.zeros(40, np.int32)}, 8, (2, 4))[0])
     apply, tuned = pj.attach(METHOD, fn, params, example, key=jax.random.key(0))
     specs = mesh and by_rules(RULES, params, mesh)
     return pj.make_train_step(apply, token_loss, TX, mesh), pj.train_state(tuned, TX, mesh=mesh, specs=specs)
@@ -49,7 +49,7 @@ def begin(mesh=None):
 
 def losses(step, state, first=0, last=6):
     found = []
-    data = batches(IDS, np.arange(40) % 3, 8, (2, 4), (0,), step.share)
+    data = batches(IDS, {"label": (np.arange(40) % 3).astype(np.int32)}, 8, (2, 4), (0,), step.share)
     for k in range(first, last):
         state, metrics = step(state, arrays(data[k % len(data)]))
         found.append(float(metrics["loss"]))
@@ -144,10 +144,10 @@ def test_what_cannot_be_joined(arguments):
 
 
 def test_shares_of_a_batch_are_its_parts():
-    whole = batches(IDS, np.arange(40), 8, (2, 4), (3,))
-    parts = [batches(IDS, np.arange(40), 8, (2, 4), (3,), (k, 2)) for k in range(2)]
+    whole = batches(IDS, {"label": np.arange(40)}, 8, (2, 4), (3,))
+    parts = [batches(IDS, {"label": np.arange(40)}, 8, (2, 4), (3,), (k, 2)) for k in range(2)]
     for k in range(len(whole)):
         for name, x in whole[k].items():
             np.testing.assert_array_equal(np.concatenate([part[k][name] for part in parts]), x)
     with pytest.raises(ValueError, match="a batch of 8 examples: expected a multiple of 3"):
-        batches(IDS, np.arange(40), 8, (2, 4), (3,), (0, 3))
+        batches(IDS, {"label": np.arange(40)}, 8, (2, 4), (3,), (0, 3))

@@ -20,7 +20,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_new": nn.gelu,
     "relu": nn.relu,
 }
-POOLS = ("mean", "first")
+POOLS = ("mean", "first", "each")
 Dense = functools.partial(nn.Dense, kernel_init=nn.initializers.normal(0.02))
 Embed = functools.partial(nn.Embed, embedding_init=nn.initializers.normal(0.02))
 
@@ -60,9 +60,14 @@ def read_config(path: str | Path) -> Config:
     """The configuration in a `config.json`.
 
     Raises:
-      ValueError: another architecture, or a size that is missing.
+      ValueError: a damaged file, another architecture, or a size that is missing.
     """
-    page = json.loads(Path(path).read_text())
+    try:
+        page = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(page, dict):
+        raise ValueError(f"{path} is damaged: expected an object, found {str(page)[:40]}")
     found = page.get("model_type"), page.get("position_embedding_type", "absolute")
     if found != ("bert", "absolute"):
         raise ValueError(f"{path} describes {found[0]!r} with {found[1]} positions; expected 'bert' with absolute ones")
@@ -180,11 +185,12 @@ class Pooler(nn.Module):
 
 
 class Bert(nn.Module):
-    """Token ids to features: `(hidden (B, T, D), pooled (B, D))`.
+    """Token ids to features: `(hidden (B, T, D), pooled (B, D))`, or twice the hidden ones.
 
     Attributes:
       config: its sizes.
-      pool: "mean" averages over the tokens, as sentence encoders do; "first" is BERT's pooler, with a layer of its own.
+      pool: "mean" averages over the tokens, as sentence encoders do; "first" is BERT's pooler, with a layer of its own;
+        "each" leaves every token as it is.
     """
 
     config: Config
@@ -198,10 +204,12 @@ class Bert(nn.Module):
         segments: jax.Array | None = None,
         train: bool = False,
         positions: jax.Array | None = None,
+        pool_mask: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """The features of `ids` (B, T) where `mask` (B, T) is 1; with `train`, dropout draws from the rng "dropout".
 
-        `positions` (B, T) are 0, 1, ... where they are not given.
+        `segments` (B, T) are 0, `positions` (B, T) are 0, 1, ..., and the mean is over the tokens of `mask`, where
+        others are not given.
         """
         c = self.config
         if ids.ndim != 2 or ids.shape != mask.shape or ids.shape[1] > c.max_position_embeddings:
@@ -212,7 +220,11 @@ class Bert(nn.Module):
         positions = jnp.arange(ids.shape[1])[None] if positions is None else positions
         x = Embeddings(c, name="embeddings")(ids, segments, positions, train)
         x = Encoder(c, name="encoder")(x, mask, train)
-        return x, Pooler(c, name="pooler")(x) if self.pool == "first" else mean(x, mask)
+        if self.pool == "each":
+            return x, x
+        return x, Pooler(c, name="pooler")(x) if self.pool == "first" else mean(
+            x, mask if pool_mask is None else pool_mask
+        )
 
 
 def mean(x: jax.Array, mask: jax.Array) -> jax.Array:
@@ -225,14 +237,22 @@ class Classifier(nn.Module):
     """BERT and a linear head, which begins at zero: the untrained model is then the same whatever the seed."""
 
     config: Config
-    classes: int
+    outputs: int
     pool: str = "mean"
 
     @nn.compact
     def __call__(
-        self, ids: jax.Array, mask: jax.Array, train: bool = False, positions: jax.Array | None = None
+        self,
+        ids: jax.Array,
+        mask: jax.Array,
+        segments: jax.Array | None = None,
+        train: bool = False,
+        positions: jax.Array | None = None,
+        pool_mask: jax.Array | None = None,
     ) -> jax.Array:
-        """Logits, (B, classes)."""
-        pooled = Bert(self.config, self.pool, name="bert")(ids, mask, train=train, positions=positions)[1]
-        pooled = nn.Dropout(self.config.hidden_dropout_prob)(pooled, deterministic=not train)
-        return nn.Dense(self.classes, kernel_init=nn.initializers.zeros, name="classifier")(pooled)
+        """The head's outputs, (B, outputs); (B, T, outputs) for the pool "each"."""
+        body = Bert(self.config, self.pool, name="bert")
+        pooled = nn.Dropout(self.config.hidden_dropout_prob)(
+            body(ids, mask, segments, train, positions, pool_mask)[1], deterministic=not train
+        )
+        return nn.Dense(self.outputs, kernel_init=nn.initializers.zeros, name="classifier")(pooled)
