@@ -1,6 +1,7 @@
 """What may stand where an array stood: overlays, their fields, and references between them."""
 
 import dataclasses
+from numbers import Number
 from typing import Any, Iterator, TypeVar, dataclass_transform
 
 import jax
@@ -13,7 +14,7 @@ BARE = (
     "an overlay ({}) reached code that expects an array. The model was called on a tuned tree without "
     "`peftjax.wrap`: call `wrap(fn)(tuned, ...)` instead of `fn(tuned, ...)`, or give the model `merge(tuned)`"
 )
-ARRAY_ATTRIBUTES = {"shape", "dtype", "ndim", "size", "T", "mT", "astype", "reshape", "at", "weak_type", "aval"}
+ARRAY_ATTRIBUTES = {name for name in dir(jax.Array) if not name.startswith("_")} | {"aval", "weak_type"}
 
 
 def trained(**kwargs: Any) -> Any:
@@ -98,6 +99,14 @@ class Overlay:
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(BARE.format(type(self).__name__))
 
+    def __eq__(self, other: object) -> bool:
+        """Identity, among overlays; a model that compares its weight with a number or an array was not wrapped."""
+        if isinstance(other, Number) or (hasattr(other, "dtype") and not isinstance(other, Overlay)):
+            _bare(self)
+        return self is other
+
+    __hash__ = object.__hash__
+
     def __getattr__(self, name: str) -> Any:
         if name in ARRAY_ATTRIBUTES:
             raise AttributeError(BARE.format(type(self).__name__))
@@ -108,13 +117,9 @@ def _bare(self: Overlay, *args: Any) -> Any:
     raise TypeError(BARE.format(type(self).__name__))
 
 
-for _name in (
-    "getitem",
-    "len",
-    "iter",
-    "neg",
-    *(p + n for n in ("add", "sub", "mul", "matmul", "truediv", "pow") for p in ("", "r")),
-):
+_BINARY = "add sub mul matmul truediv floordiv mod divmod pow and or xor lshift rshift".split()
+_OTHER = "getitem len iter contains neg pos abs invert round lt le gt ge float int complex index".split()
+for _name in (*_OTHER, *(p + n for n in _BINARY for p in ("", "r"))):
     setattr(Overlay, f"__{_name}__", _bare)
 
 

@@ -1,5 +1,6 @@
-"""The laws on a pairwise cover of METHODS x MODELS; `pytest -m full` runs the whole table."""
+"""The laws on a cover of METHODS x MODELS: each law meets each method, and each model. `pytest -m full` runs the whole table."""
 
+import operator
 import re
 
 import jax
@@ -65,7 +66,7 @@ def test_identity_at_init_is_exact_step_by_step(method, model):
             np.testing.assert_array_equal(x, y)
 
 
-def test_the_cover_is_pairwise():
+def test_every_law_meets_every_method_and_every_model():
     assert {method for method, _ in COVER} == set(METHODS)
     assert {model for _, model in COVER} == set(MODELS)
     for law in LAWS:
@@ -200,6 +201,21 @@ def test_a_bare_model_names_the_wrapper():
     tuned = pj.lora(rank=1, targets="up/kernel").init(KEY, PARAMS)
     with pytest.raises(TypeError, match="LoRA.*peftjax.wrap"):
         linear(tuned, np.ones((2, 6), np.float32))
+
+
+def test_what_a_bare_model_may_do_with_a_weight_names_the_wrapper():
+    """Every method of an array, every operator, and a comparison too, which would else be False without a word."""
+    w = pj.lora(rank=1, targets="up/kernel").init(KEY, PARAMS)["up"]["kernel"]
+    array = np.ones((2, 2), np.float32)
+    for name in ("sum", "dot", "transpose", "flatten", "swapaxes", "conj", "mean", "real", "at", "shape", "sharding"):
+        with pytest.raises(AttributeError, match="LoRA.*peftjax.wrap"):
+            getattr(w, name)
+    binary = (operator.mod, operator.floordiv, operator.gt, operator.le, operator.eq, operator.ne, operator.matmul)
+    uses = [lambda f=f, other=other: f(w, other) for f in binary for other in (2, array, jnp.asarray(array))]
+    for use in (*uses, lambda: array == w, lambda: 2 % w, lambda: abs(w), lambda: float(w), lambda: bool(w)):
+        with pytest.raises(TypeError, match="LoRA.*peftjax.wrap"):
+            use()
+    assert w == w and w != w.replace() and w in {w} and w is not None
 
 
 def test_what_has_diverged_does_not_merge():
