@@ -8,7 +8,7 @@ import numpy as np
 
 from peftjax.overlay import is_overlay
 from peftjax.paths import flatten
-from peftjax.tree import resolve
+from peftjax.tree import check_whole, resolve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Call:
 
     @classmethod
     def of(cls, params: Any, args: Any, kwargs: Any) -> "Call":
+        check_whole(params)
         leaves, tree = jax.tree.flatten((resolve(params), args, kwargs), is_leaf=is_overlay)
         given = jax.tree.leaves((params, args, kwargs), is_leaf=is_overlay)
         return cls(leaves, tree, {k: path for k, (path, _) in enumerate(flatten(params))}, given)

@@ -21,7 +21,7 @@ from peftjax.overlay import Overlay, is_overlay, layers
 from peftjax.paths import flatten
 from peftjax.roles import Roles
 from peftjax.sharding import placed
-from peftjax.tree import Entry, entries, map_layers, map_leaves, strip
+from peftjax.tree import Entry, check_whole, entries, map_layers, map_leaves, strip
 
 FORMAT = 1
 ARRAYS, PAGE = "adapter.safetensors", "adapter.json"
@@ -51,6 +51,7 @@ def save(folder: str | os.PathLike[str], tuned: Any, method: Method, roles: Role
       ...     pj.load(place + "/adapter", params)["b"].value
       Array([1., 1.], dtype=float32)
     """
+    check_whole(tuned)
     held = unique((e.key, e.value) for e in entries(tuned) if _is_held(e))
     if not held:
         raise ValueError("nothing to save: the tree holds no overlay")

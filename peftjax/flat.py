@@ -53,7 +53,14 @@ def insert(tuned: Any, flat: Mapping[str, Any]) -> Any:
       >>> pj.extract(pj.insert(tuned, {"b/value": jnp.zeros(2)}))
       {'b/value': Array([0., 0.], dtype=float32)}
     """
-    return replaced(tuned, {e.key for e in entries(tuned) if e.trains}, flat)
+    keys = [e.key for e in entries(tuned) if e.trains]
+    if not isinstance(flat, Mapping):
+        first = next(iter(keys), "path/field")
+        raise ValueError(
+            f"expected a dictionary as `extract` makes it, {{{first!r}: array, ...}}, found {type(flat).__name__}; the two "
+            "parts of `partition` are put together by `combine(trainable, frozen)`"
+        )
+    return replaced(tuned, set(keys), flat)
 
 
 def replaced(tuned: Any, keys: set[str], flat: Mapping[str, Any]) -> Any:

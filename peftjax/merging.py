@@ -10,7 +10,7 @@ from peftjax.flat import not_finite
 from peftjax.overlay import Overlay, layers
 from peftjax.paths import flatten
 from peftjax.switches import with_key
-from peftjax.tree import entries, map_leaves, resolve
+from peftjax.tree import check_whole, entries, map_leaves, resolve
 from peftjax.weight import materialise
 
 
@@ -38,7 +38,7 @@ def merge(tuned: Any, report: bool = False) -> Any:
       A plain tree; with `report`, `(tree, {path: Rounding})`. Leaves without an overlay are the same arrays.
 
     Raises:
-      ValueError: no weight can say what an overlay does, or an array holds a NaN or an infinity.
+      ValueError: the tree is one part of `partition`, no weight can say what an overlay does, or an array holds a NaN or an infinity.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj
@@ -46,6 +46,7 @@ def merge(tuned: Any, report: bool = False) -> Any:
       >>> pj.merge(pj.insert(tuned, {"b/value": jnp.full(2, 3.0)}))["b"]
       Array([3., 3.], dtype=float32)
     """
+    check_whole(tuned)
     _check(tuned)
     plain = resolve(with_key(tuned, None))
     merged = map_leaves(_merged, plain)

@@ -161,6 +161,21 @@ def combine(trainable: Any, frozen: Any) -> Any:
     return jax.tree_util.tree_map_with_path(either, trainable, frozen, is_leaf=lambda x: x is None)
 
 
+def check_whole(tuned: Any) -> None:
+    """Raises if a tree is one part of `partition`: its overlays have no base, or nothing of what trains."""
+    for path, leaf in flatten(tuned):
+        for x in layers(leaf):
+            held = jax.tree.leaves(
+                [getattr(x, name) for name in x.trained_fields], is_leaf=lambda y: isinstance(y, Ref)
+            )
+            if x.base is None or (x.trained_fields and not held):
+                part, lacks = ("trainable", "base") if x.base is None else ("frozen", ", ".join(x.trained_fields))
+                raise ValueError(
+                    f"{path} holds a {type(x).__name__} without its {lacks}: this is the {part} part of a tuned tree; "
+                    "expected the whole, `peftjax.combine(trainable, frozen)`"
+                )
+
+
 def strip(tuned: Any) -> Any:
     """The tree that the overlays were laid on: the very buffers first passed to `init`.
 

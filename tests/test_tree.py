@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peftjax as pj
 import pytest
 from flax import nnx
 from flax.core import FrozenDict
@@ -115,6 +116,23 @@ def test_parts_make_the_whole(name):
 def test_combine_refuses_the_whole_tree_as_a_part():
     with pytest.raises(ValueError, match="both parts hold an array at .*layers.*bias"):
         combine(partition(tree())[0], tree())
+
+
+def test_a_part_in_the_place_of_the_whole_names_combine(tmp_path):
+    params = {"b": jnp.ones(2), "w": jnp.ones((3, 2))}
+    fn = lambda p, x: x @ p["w"]
+    tuned = pj.chain(pj.lora(rank=1), pj.unfreeze("b")).init(jax.random.key(0), params)
+    for part, said in zip(pj.partition(tuned), ("b holds a Full without its base", "b holds a Full without its value")):
+        for use in (
+            lambda: pj.merge(part),
+            lambda: pj.wrap(fn)(part, jnp.ones((1, 3))),
+            lambda: pj.save(tmp_path / "adapter", part, pj.lora()),
+        ):
+            with pytest.raises(ValueError, match=f"{said}.*peftjax.combine"):
+                use()
+    with pytest.raises(ValueError, match="'b/value': array.*found NoneType.*`combine"):
+        pj.insert(tuned, None)
+    assert not list(tmp_path.iterdir())
 
 
 def test_strip_returns_the_very_buffers():
