@@ -28,11 +28,11 @@ from peftjax.methods.prefix import prefix as prefix
 from peftjax.methods.prompt import prompt as prompt
 from peftjax.methods.reft import reft as reft
 from peftjax.methods.trainable_tokens import trainable_tokens as trainable_tokens
-from peftjax.methods.unfreeze import bitfit as bitfit
-from peftjax.methods.unfreeze import full as full
-from peftjax.methods.unfreeze import head as head
-from peftjax.methods.unfreeze import last_layers as last_layers
-from peftjax.methods.unfreeze import layer_norm as layer_norm
+from peftjax.methods.selective import bitfit as bitfit
+from peftjax.methods.selective import full as full
+from peftjax.methods.selective import head as head
+from peftjax.methods.selective import last_layers as last_layers
+from peftjax.methods.selective import layer_norm as layer_norm
 from peftjax.methods.unfreeze import unfreeze as unfreeze
 from peftjax.methods.vera import vera as vera
 from peftjax.overlay import Overlay as Overlay

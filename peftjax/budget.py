@@ -68,6 +68,7 @@ class Plan:
     def penalty(self, tuned: Any) -> Any:
         """What keeps the ranks of this plan's overlays apart: the mean gap of their matrices, times its weight."""
         found = self.own(tuned)
+        found = [(path, x) for path, x in found if not x.locked] or found
         return found[0][1].orth_weight * jnp.concatenate([x.gaps(name) for _, x in found for name in "ab"]).mean()
 
     def update(self, tuned: Any, grads: Any, step: Any) -> Any:

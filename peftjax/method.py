@@ -17,7 +17,8 @@ from peftjax.overlay import is_overlay, layers, type_of
 from peftjax.paths import flatten, path_of
 from peftjax.roles import Role, Roles
 from peftjax.targets import Targets, check_patterns, choose
-from peftjax.weight import materialise
+from peftjax.switches import still
+from peftjax.tree import resolve
 
 P = ParamSpec("P")
 Init = Callable[[jax.Array, Any, Roles | None], Any]
@@ -140,6 +141,7 @@ class Leaf:
     uses: tuple[str, ...]
     key: jax.Array
     role: Role | None = None
+    resolved: Callable[[], Mapping[str, Any]] | None = None  # the tree's leaves, with what their fields refer to
 
     @property
     def type(self) -> Any:
@@ -148,8 +150,9 @@ class Leaf:
 
     @property
     def dense(self) -> Any:
-        """Its dense value."""
-        return materialise(self.value)
+        """Its dense value: the array, or that which the overlays on it stand for."""
+        value = self.resolved()[self.path] if self.resolved and is_overlay(self.value) else self.value
+        return jnp.asarray(still(value))
 
     @property
     def unclear(self) -> str:
@@ -205,7 +208,18 @@ def chosen_leaves(
     taken = [path for path, x in named if any(o.trained_fields for o in layers(x))]
     chosen = set(choose(targets, params, roles, exclude=exclude, taken=taken, kernels=kernels))
     check_patterns(patterns, [path for path, _ in named if path in chosen])
-    return list(unique((path, _leaf(path, x, roles, key)) for path, x in named if path in chosen).values())
+    resolved = functools.cache(lambda: dict(flatten(resolve(params))))
+    made = lambda path, x: dataclasses.replace(_leaf(path, x, roles, key), resolved=resolved)
+    return list(unique((path, made(path, x)) for path, x in named if path in chosen).values())
+
+
+def check_alone(name: str, leaf: Leaf, kind: type) -> None:
+    """Raises if the leaf trains an overlay of this kind already."""
+    if any(isinstance(x, kind) and x.trained_fields for x in layers(leaf.value)):
+        raise ValueError(
+            f"{name}: {leaf.path} already holds {leaf.value!r}, which trains; `peftjax.lock` the tree to put a new one on "
+            "it, or leave the leaf out with `exclude`"
+        )
 
 
 def laid(params: Any, overlays: Mapping[str, Any]) -> Any:

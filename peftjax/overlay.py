@@ -129,12 +129,17 @@ class Ref:
     """A field that lives elsewhere: the overlay at `path` holds it as `field`; without a field, the leaf at `path` itself.
 
     One array, one gradient: that of a leaf under overlays reaches what they train. Of several overlays at `path` with
-    that field, `depth` tells which: how many it has below it.
+    that field, `depth` tells which: how many of them it has below it. Without a depth there is to be one only.
     """
 
     path: str
     field: str | None = None
     depth: int | None = None
+
+    @classmethod
+    def above(cls, path: str, value: Any, field: str) -> "Ref":
+        """A reference to a field of the next overlay at `path`, where `value` stands so far."""
+        return cls(path, field, sum(field in x.kinds for x in layers(value)))
 
 
 def atoms(axes: str, letters: str) -> tuple[Any, ...]:
@@ -182,6 +187,10 @@ class Output(Overlay):
     kernel: str | None
     where: str
 
+    def expand(self, terms: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The base's terms: the weight stays what it is."""
+        return terms
+
     def ready(self) -> "Output":
         """What acts in its place in one call: an overlay whose fields may be computed from its own."""
         return self
@@ -199,6 +208,10 @@ class Table(Overlay):
     """Gives its base, a table of embeddings (vocabulary, D), more rows: ids from the vocabulary's size on read `rows()`."""
 
     merges = False
+
+    def expand(self, terms: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The base's terms: the rows of the vocabulary stay what they are."""
+        return terms
 
     def rows(self) -> Any:
         """The extra rows, (n, D)."""

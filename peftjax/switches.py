@@ -11,6 +11,7 @@ from peftjax.overlay import Overlay
 from peftjax.paths import flatten
 from peftjax.targets import Targets, choose
 from peftjax.tree import map_layers, map_leaves
+from peftjax.weight import materialise
 
 
 def scale(tuned: Any, factor: Any) -> Any:
@@ -115,6 +116,11 @@ def with_key(tuned: Any, key: Any) -> Any:
         return x.replace(key=None if key is None else _split(fold(key, path), jnp.shape(x.scale)))
 
     return map_layers(keyed, tuned)
+
+
+def still(leaf: Any) -> Any:
+    """The array that a leaf stands for, without dropout."""
+    return materialise(with_key({"w": leaf}, None)["w"])
 
 
 def fold(key: Any, path: str) -> Any:

@@ -238,9 +238,9 @@ def _named(ref: Ref, holders: dict[str, Overlay]) -> Any:
             return ref
         if ref.path not in holders:
             raise ValueError(f"a field refers to {ref.field!r} at {ref.path!r}, where there is no overlay; {_usual}")
-        whole = list(layers(holders[ref.path]))
-        there = whole if ref.depth is None else whole[::-1][ref.depth : ref.depth + 1]
-        found = [getattr(x, ref.field) for x in there if ref.field in x.kinds]
+        whole = list(layers(holders[ref.path]))[::-1]
+        found = [getattr(x, ref.field) for x in whole if ref.field in x.kinds]
+        found = found if ref.depth is None else found[ref.depth : ref.depth + 1]
         held = [x for x in found if not isinstance(x, Ref)]
         if len(held) > 1:
             raise ValueError(f"{len(held)} overlays at {ref.path!r} hold a field {ref.field!r}: which one is meant?")

@@ -38,7 +38,7 @@ from peftjax.methods.lokr import LoKr
 from peftjax.methods.lora import LoRA, Shift
 from peftjax.methods.oft import OFT
 from peftjax.methods.trainable_tokens import Tokens
-from peftjax.methods.unfreeze import Full
+from peftjax.copies import Full
 from peftjax.methods.vera import VeRA
 from peftjax.overlay import Output, Table, is_overlay, layers
 from peftjax import token_insert
@@ -92,7 +92,22 @@ def _lora(**options: Any) -> Row:
 
 def _no_bias(model: Model) -> str | None:
     names = [path.rpartition("/")[2] for path, _ in paths(_example(model.name).params)]
-    return None if "bias" in names else "'.*bias' matches no leaf"
+    return None if "bias" in names else "'.*bias' matches no leaf|bitfit: the model has no leaf"
+
+
+def _no_norm(model: Model) -> str | None:
+    found = [path for path in paths(_example(model.name).params) if path[0].endswith("/scale")]
+    return None if found else "layer_norm: the model has no norm"
+
+
+def _no_head(model: Model) -> str | None:
+    found = any(role.head for role in _base(model.name)[2].values())
+    return None if found else "head: the model has no output head"
+
+
+def _no_layer(model: Model) -> str | None:
+    found = any(role.op in ("linear", "conv") for role in _base(model.name)[2].values())
+    return None if found else "last_layers: n=1, and the model has 0 layers"
 
 
 def _lacks_biases(model: Model) -> str | None:
@@ -101,11 +116,6 @@ def _lacks_biases(model: Model) -> str | None:
     own = [roles[p].bias for p in chosen]
     kept = [b and roles[b].kernel == p and roles[b].follows is not None for b, p in zip(own, chosen)]
     return None if all(kept) else "lora: bias=True at .*(to whose output no bias is added|is added to something else)"
-
-
-def _integers(model: Model) -> str | None:
-    whole = [x for _, x in paths(_example(model.name).params) if not jnp.issubdtype(x.dtype, jnp.floating)]
-    return "integers do not train" if whole else None
 
 
 def _tables(model: Model) -> Any:
@@ -189,7 +199,10 @@ METHODS: dict[str, Row] = {
     "lora_and_biases": Row(
         lambda m: pj.chain(pj.lora(rank=2, alpha=6, targets=m.targets), pj.unfreeze(".*bias")), refuses=_no_bias
     ),
-    "full": Row(lambda m: pj.full(), refuses=_integers),
+    "full": Row(lambda m: pj.full()),
+    "layer_norm": Row(lambda m: pj.layer_norm(), refuses=_no_norm),
+    "head": Row(lambda m: pj.head(), refuses=_no_head),
+    "last_layers": Row(lambda m: pj.last_layers(1), refuses=_no_layer),
     "adapter_houlsby": Row(
         lambda m: pj.adapter("houlsby", bottleneck=2, targets=m.targets), lambda m: NO_OUTPUT.get(m.name), NO_ARRAY
     ),

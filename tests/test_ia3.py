@@ -60,7 +60,7 @@ def test_it_starts_at_one_and_changes_nothing():
 
 def test_a_kernel_and_its_bias_share_one_vector_and_one_gradient():
     tuned = pj.insert(start(pj.ia3(("key",))), {"key/kernel/vector": L})
-    assert tuned["key"]["bias"].vector == Ref("key/kernel", "vector")
+    assert tuned["key"]["bias"].vector == Ref("key/kernel", "vector", 0)
     assert list(pj.extract(tuned)) == ["key/kernel/vector"] and pj.count(tuned).trainable == 3
     _, grads = pj.value_and_grad(lambda t: pj.wrap(linear)(t, X).sum())(tuned)
     np.testing.assert_allclose(grads["key"]["kernel"].vector, (X @ W + B[None]).sum(0), rtol=1e-6)
@@ -202,6 +202,7 @@ def test_what_it_refuses():
         linear,
         PARAMS,
         "key/kernel already holds IA3",
+        "trains; `peftjax.lock`",
     )
     twice = lambda p, x: (x @ p["w"] + p["b"][None]) @ p["v"] + p["b"][None]
     shared = {"w": W, "b": B, "v": np.eye(3, dtype=np.float32)}
@@ -241,3 +242,23 @@ def test_a_layer_that_runs_twice_keeps_its_bias():
     tuned = pj.insert(start(pj.ia3(("w",)), fn, params, X[:, :3]), {"w/vector": L})
     once = lambda x: (x @ W[:3] + B[None]) * L[None]
     np.testing.assert_allclose(pj.wrap(fn)(tuned, X[:, :3]), once(np.tanh(once(X[:, :3]))), rtol=1e-5)
+
+
+def test_on_a_bias_that_something_sits_on():
+    """The bias may hold a copy, an adapter or a locked IA3: vectors multiply, each bias by those of its own kernel."""
+    x = np.arange(8, dtype=np.float32).reshape(2, 4) / 7
+    roles = pj.roles(linear, PARAMS, x)
+    first = pj.ia3(("key",)).init(KEY, PARAMS, roles)
+    first = pj.insert(first, {"key/kernel/vector": np.float32([1, 2, 3])})
+    tuned = pj.ia3(("key",)).init(KEY, pj.lock(first), roles)
+    assert set(pj.extract(tuned)) == {"key/kernel/vector"}
+    tuned = pj.insert(tuned, {"key/kernel/vector": np.float32([2, 1, -1])})
+    for got in (pj.wrap(linear)(tuned, x), linear(pj.merge(tuned), x)):
+        np.testing.assert_allclose(got, linear(PARAMS, x) * np.float32([2, 2, -3]), rtol=1e-6)
+    for below in (pj.bitfit(), pj.adapter("houlsby", bottleneck=2, targets="key"), pj.lora(rank=2, bias=True)):
+        tuned = pj.chain(below, pj.ia3(("key",))).init(KEY, PARAMS, roles)
+        tuned = pj.insert(tuned, pj.extract(tuned) | {"key/kernel/vector": np.float32([2, 1, -1])})
+        want = linear(PARAMS, x) * np.float32([2, 1, -1])
+        np.testing.assert_allclose(
+            pj.wrap(linear)(tuned, x), want, rtol=1e-5, atol=1e-4 if below.name == "adapter" else 0
+        )

@@ -13,7 +13,7 @@ from flax.training.train_state import TrainState
 from peftjax.depth import spans
 from peftjax.gradient import value_and_grad
 from peftjax.methods.lora import LoRA
-from peftjax.methods.unfreeze import Full
+from peftjax.copies import Full
 from peftjax.optim import Untouched, groups, layerwise, lora_plus, train_only
 from peftjax.overlay import type_of
 from peftjax.roles import Role

@@ -17,7 +17,7 @@ from peftjax.gradient import value_and_grad
 from peftjax.grafting import graft
 from peftjax.merging import merge
 from peftjax.methods.lora import LoRA
-from peftjax.methods.unfreeze import Full
+from peftjax.copies import Full
 from peftjax.overlay import Overlay, Ref, frozen, is_overlay, overlay, static, trained
 from peftjax.summary import count, describe
 from peftjax.switches import disable, lock, scale, with_key

@@ -25,8 +25,10 @@ def numbers(tuned):
     a = np.array([[1, 0], [0, 2], [1, 1], [-1, 1]], np.float32)
     b = np.array([[1, 0, 2], [-1, 1, 0]], np.float32)
     vectors = {
-        "down/d": np.array([2, -1], np.float32), "down/b": np.array([1, 3, 0.5], np.float32),
-        "up/d": np.array([1, 0.5], np.float32), "up/b": np.array([-2, 1], np.float32),
+        "down/d": np.array([2, -1], np.float32),
+        "down/b": np.array([1, 3, 0.5], np.float32),
+        "up/d": np.array([1, 0.5], np.float32),
+        "up/b": np.array([-2, 1], np.float32),
     }
     tuned = pj.insert(tuned, vectors)
     return {**tuned, "down": tuned["down"].replace(shared_a=jnp.array(a), shared_b=jnp.array(b))}, a, b, vectors
@@ -59,7 +61,7 @@ def test_where_it_starts():
 
 def test_one_pair_of_matrices_that_does_not_train():
     tuned = pj.vera(rank=2, targets=("down", "up")).init(KEY, PARAMS)
-    assert tuned["up"].shared_a == Ref("down", "shared_a") and tuned["up"].shared_b == Ref("down", "shared_b")
+    assert tuned["up"].shared_a == Ref("down", "shared_a", 0) and tuned["up"].shared_b == Ref("down", "shared_b", 0)
     assert list(pj.extract(tuned)) == ["down/d", "down/b", "up/d", "up/b"]
     assert pj.count(tuned).trainable == 2 + 3 + 2 + 2
 
@@ -120,3 +122,24 @@ def test_dropout_drops_what_a_reads():
     np.testing.assert_allclose(apply(tuned, x), x @ (DOWN + change), rtol=1e-5)
     with pytest.raises(ValueError, match="dropout is a rate in"):
         pj.vera(dropout=1.0)
+
+
+def test_over_a_locked_one_and_under_others():
+    """Two VeRAs on one leaf, each with its own matrices; and methods that ask for the value of a leaf with references."""
+    first = pj.vera(rank=2).init(KEY, PARAMS)
+    first = pj.insert(first, {name: x + 0.5 for name, x in pj.extract(first).items()})
+    below = pj.merge(first)
+    tuned = pj.vera(rank=3).init(jax.random.key(1), pj.lock(first))
+    tuned = pj.insert(tuned, {name: x - 0.25 for name, x in pj.extract(tuned).items()})
+    plain, whole = pj.vera(rank=3).init(jax.random.key(1), PARAMS), pj.merge(tuned)
+    held = next(x for x in tuned.values() if not isinstance(x.shared_a, Ref))
+    for path, w in below.items():
+        x = tuned[path]
+        n_in, n_out = w.shape
+        want = w + (held.shared_a[:n_in] * x.d[None]) @ held.shared_b[:, :n_out] * x.b[None]
+        np.testing.assert_allclose(whole[path], want, rtol=1e-5)
+    assert set(pj.extract(plain)) == set(pj.extract(tuned))
+    for over in (pj.dora(rank=1), pj.lora(rank=1, init="pissa")):
+        again = pj.merge(over.init(KEY, pj.lock(first)))
+        for path, w in below.items():
+            np.testing.assert_allclose(again[path], w, rtol=1e-5)

@@ -15,7 +15,8 @@ from peftjax.interop.match import targets_of
 from peftjax.interop.names import Spot
 from peftjax.interop.slots import Part, Parts, Slot
 from peftjax.method import Method
-from peftjax.methods.unfreeze import Full, unfreeze
+from peftjax.copies import Full
+from peftjax.methods.unfreeze import unfreeze
 from peftjax.overlay import Overlay, layers
 from peftjax.paths import flatten
 from peftjax.weight import materialise

@@ -40,7 +40,7 @@ from peftjax.interop.slots import Slot, fill, read_slots, slots
 from peftjax.interop.tensors import read_folder, write_tensors
 from peftjax.interop.turning import Rope
 from peftjax.method import Method
-from peftjax.methods.unfreeze import Full
+from peftjax.copies import Full
 from peftjax.overlay import layers
 from peftjax.paths import flatten
 from peftjax.roles import Roles

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from peftjax.budget import Plan
 from peftjax.factored import Factor, Term
 from peftjax.lowrank import checked, layered, orthonormality_gap, replaced, shapes
-from peftjax.method import Leaf, Method, method, per_leaf
-from peftjax.overlay import Overlay, atoms, frozen, layers, overlay, static, trained
+from peftjax.method import Leaf, Method, check_alone, method, per_leaf
+from peftjax.overlay import Overlay, atoms, frozen, overlay, static, trained
 from peftjax.targets import Targets
 
 
@@ -146,7 +146,7 @@ def adalora(
 
     Raises:
       ValueError: a target below 1 or above the rank, steps that leave no time to prune, averages outside (0, 1), a rank
-        above the smaller side of a weight, a weight with an AdaLoRA already, a pattern that matches nothing; in
+        above the smaller side of a weight, a weight that trains an AdaLoRA already, a pattern that matches nothing; in
         `update`, a tree without the method's overlays, or without their gradients.
 
     Example:
@@ -175,8 +175,7 @@ def adalora(
 
     def make(leaf: Leaf) -> AdaLoRA:
         r = checked("adalora", leaf, rank)
-        if any(isinstance(x, AdaLoRA) for x in layers(leaf.value)):
-            raise ValueError(f"adalora: {leaf.path} already holds {leaf.value!r}; leave it out with `exclude`")
+        check_alone("adalora", leaf, AdaLoRA)
         drawn = zip(jax.random.split(leaf.key), shapes(leaf, r))
         a, b = (0.02 * jax.random.normal(key, shape, jnp.float32) for key, shape in drawn)
         fields = {"a": a, "e": jnp.zeros((*leaf.sizes("sb"), r), jnp.float32), "b": b}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from peftjax.blocks import SUBLAYERS, endings
 from peftjax.bottleneck import ACTIVATIONS, Bottleneck, features, placed, row
 from peftjax.method import Leaf, Method, check_known, method, per_leaf
-from peftjax.overlay import Ref, layers, overlay, trained
+from peftjax.overlay import Ref, overlay, trained
 from peftjax.paths import flatten
 from peftjax.targets import Targets
 
@@ -116,7 +116,7 @@ def compacter(
     def start(key: Any, params: Any, roles: Any) -> Any:
         found = endings("compacter", params, roles, targets, exclude, sublayers, place != "inserted")
         first = next(path for path, _ in flatten(params) if path in found)
-        depth = sum(1 for _ in layers(dict(flatten(params))[first]))
+        there = Ref.above(first, dict(flatten(params))[first], "rule")
 
         def make(leaf: Leaf) -> Compacter:
             lead, outer = leaf.sizes("sb"), math.prod(leaf.sizes("o"))
@@ -127,7 +127,7 @@ def compacter(
             return Compacter(
                 **placed("compacter", leaf, found[leaf.path], roles, place, scale),
                 activation=activation,
-                rule=rule if leaf.path == first else Ref(first, "rule", depth),
+                rule=rule if leaf.path == first else there,
                 down_left=draw(0, outer // terms, rank),
                 down_right=draw(1, rank, inner // terms),
                 down_bias=jnp.zeros((*lead, inner), jnp.float32),

@@ -11,9 +11,8 @@ from peftjax.lowrank import INITS, checked, layered, replaced
 from peftjax.method import Leaf, Method, check_known, method, per_leaf
 from peftjax.norms import changed_norm, norm
 from peftjax.overlay import Overlay, atoms, frozen, is_overlay, overlay, static, trained
-from peftjax.switches import with_key
+from peftjax.switches import still
 from peftjax.targets import Targets, pattern_value
-from peftjax.weight import materialise
 
 
 @overlay
@@ -65,8 +64,7 @@ class DoRA(Overlay):
 
     def norms(self) -> tuple[Any, Any]:
         """|W| and |V|, through which no gradient passes."""
-        base = materialise(with_key({"w": self.base}, None)["w"])
-        w = Factor(lax.stop_gradient(base), tuple((k,) for k in range(len(self.axes))))
+        w = Factor(lax.stop_gradient(still(self.base)), tuple((k,) for k in range(len(self.axes))))
         kept = self.labels()["m"]
         before = norm(w, kept) if self.norm is None else self.norm
         products = [tuple(f.having(lax.stop_gradient(f.array)) for f in p) for p in self.products()]
@@ -154,7 +152,7 @@ def dora(
             ratio=ratio,
             dropout=dropout,
         )
-        before, after = made.norms()
+        before, after = made.replace(base=leaf.dense).norms()
         return made.replace(m=jnp.copy(after), norm=None if is_overlay(leaf.value) else before)
 
     return per_leaf(

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from peftjax.factored import Factor, Term
-from peftjax.method import Leaf, Method, chosen_leaves, laid, method
-from peftjax.overlay import Overlay, Ref, frozen, layers, overlay, static, trained
+from peftjax.method import Leaf, Method, check_alone, chosen_leaves, laid, method
+from peftjax.overlay import Overlay, Ref, frozen, overlay, static, trained, type_of
 from peftjax.paths import flatten
 from peftjax.roles import Role, Roles
 from peftjax.targets import Targets
@@ -88,9 +88,9 @@ def ia3(targets: Targets, feedforward: Targets = (), *, exclude: Targets = ()) -
             made[path] = _on_kernel(leaf, _read(leaf) if path in inputs else _written(leaf))
         for path, leaf in outputs.items():
             for bias in _biases(leaf, roles):
-                lies = _along(leaf, made[path].vector.shape, bias, roles[bias], values[bias].shape)
-                scale = _scale(roles[bias].axes, values[bias].shape)
-                made[bias] = IA3(base=values[bias], vector=Ref(path, "vector"), lies=lies, **scale)
+                shape, vector = type_of(values[bias]).shape, Ref.above(path, leaf.value, "vector")
+                lies = _along(leaf, made[path].vector.shape, bias, roles[bias], shape)
+                made[bias] = IA3(base=values[bias], vector=vector, lies=lies, **_scale(roles[bias].axes, shape))
         return laid(params, made)
 
     return Method(name="", options={}, start=start)
@@ -103,8 +103,7 @@ def _scale(axes: str, shape: Sequence[int]) -> dict[str, Any]:
 
 
 def _on_kernel(leaf: Leaf, axes: Sequence[int]) -> IA3:
-    if any(isinstance(x, IA3) for x in layers(leaf.value)):
-        raise ValueError(f"ia3: {leaf.path} already holds {leaf.value!r}: one vector says all that two could")
+    check_alone("ia3", leaf, IA3)
     lies = tuple((axes.index(k),) if k in axes else () for k in range(len(leaf.axes)))
     vector = jnp.ones([leaf.type.shape[k] for k in axes], jnp.float32)
     return IA3(base=leaf.value, vector=vector, lies=lies, **_scale(leaf.axes, leaf.type.shape))

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from peftjax.factored import Factor, Term
-from peftjax.method import Leaf, Method, chosen_leaves, laid, method
-from peftjax.overlay import Overlay, Ref, atoms, frozen, layers, overlay, static, trained
+from peftjax.method import Leaf, Method, check_alone, chosen_leaves, laid, method
+from peftjax.overlay import Overlay, Ref, atoms, frozen, overlay, static, trained
 from peftjax.roles import Roles
 from peftjax.targets import Targets
 
@@ -79,14 +79,14 @@ def vera(
       and B. Without roles it takes kernels of two axes only, (in, out).
 
     Raises:
-      ValueError: a rank below 1, a dropout outside [0, 1), a leaf that is no kernel or holds a VeRA already, a pattern that matches nothing.
+      ValueError: a rank below 1, a dropout outside [0, 1), a leaf that is no kernel or trains a VeRA already, a pattern that matches nothing.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj
       >>> params = {"down": jnp.ones((6, 3)), "up": jnp.ones((3, 6))}
       >>> tuned = pj.vera(rank=4).init(jax.random.key(0), params)
       >>> tuned["down"].shared_a.shape, tuned["up"].shared_a, tuned["up"].b.shape
-      ((6, 4), Ref(path='down', field='shared_a', depth=None), (6,))
+      ((6, 4), Ref(path='down', field='shared_a', depth=0), (6,))
 
     Reference: Kopiczko et al. 2023, arXiv 2310.11454.
     """
@@ -102,7 +102,7 @@ def vera(
         reads, writes = jax.random.split(first.key)
         drawn = lambda key, shape, fan: jax.random.uniform(key, shape, jnp.float32, -1, 1) * math.sqrt(6 / fan)
         shared = (drawn(reads, (n_in, rank), n_in), drawn(writes, (rank, n_out), rank))
-        there = (Ref(first.path, "shared_a"), Ref(first.path, "shared_b"))
+        there = tuple(Ref.above(first.path, first.value, name) for name in ("shared_a", "shared_b"))
         give = lambda leaf: shared if leaf is first else there
         return laid(
             params, {leaf.path: _on(leaf, rank, d_init, *give(leaf)).replace(dropout=dropout) for leaf in chosen}
@@ -117,8 +117,7 @@ def _size(leaf: Leaf, letter: str) -> int:
             f"vera: {leaf.path} has axes {leaf.axes!r}; expected a kernel with input and output axes. Leave it out "
             "with `exclude`"
         )
-    if any(isinstance(x, VeRA) for x in layers(leaf.value)):
-        raise ValueError(f"vera: {leaf.path} already holds {leaf.value!r}, whose matrices others may refer to")
+    check_alone("vera", leaf, VeRA)
     return math.prod(leaf.sizes(letter))
 
 
