@@ -125,7 +125,7 @@ def traced(fn: Any, call: Call, types: Sequence[Any]) -> tuple[Any, Any]:
 def evaluated(closed: Any, shape: Any, call: Call, given: Sequence[Any], sequence: Any = None) -> tuple[Any, Evaluator]:
     """The outputs of a traced function on arguments with overlays; `sequence` says where its equations have tokens."""
     paths = [call.paths.get(k, f"argument {k}") for k in call.dynamic]
-    names = {p: type(x).__name__ for p, x in zip(paths, given) if is_overlay(x)}
+    names = {p: _named(x) for p, x in zip(paths, given) if is_overlay(x)}
     stacks = [o for x in given for o in layers(x)]
     waits = any(isinstance(o, Output) and o.where == "residual" for o in stacks)
     sums = streams(closed, [k in call.paths for k in call.dynamic]) if waits else None
@@ -140,6 +140,12 @@ def evaluated(closed: Any, shape: Any, call: Call, given: Sequence[Any], sequenc
     outs = [Passed(at[id(x)]) if id(x) in at else evaluator.merged(x) for x in outs]
     evaluator.finish(tails)
     return jax.tree.unflatten(jax.tree.structure(shape), outs), evaluator
+
+
+def _named(x: Any) -> str:
+    """What acts as one operator, from the outside in; overlays of outputs and rows act, and are named, by themselves."""
+    weights = [o for o in layers(x) if not isinstance(o, (Output, Table))]
+    return " over ".join(type(o).__name__ for o in weights or layers(x))
 
 
 class Explanation(tuple[Event, ...]):
@@ -166,8 +172,9 @@ def explain(fn: Callable[..., Any], tuned: Any, *args: Any, **kwargs: Any) -> Ex
       *args, **kwargs: its further arguments.
 
     Returns:
-      The events in the order of the trace; `.merged` are those where a rule was missing. Overlays that fn never uses
-      are listed with the word "unused".
+      The events in the order of the trace; `.merged` are those where a rule was missing. Overlays of one weight act
+      together, and are named together: "DoRA over LoRA". Those that fn never uses are listed with the word "unused",
+      and where an overlay has `uses`, the others are "left alone".
 
     Example:
       >>> import jax.numpy as jnp, peftjax as pj

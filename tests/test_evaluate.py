@@ -380,6 +380,12 @@ def test_explain_tells_what_acted_what_was_merged_and_what_was_not_used():
     assert [event.path for event in said.merged] == ["down"]
 
 
+def test_explain_names_every_overlay_of_a_stack():
+    method = pj.chain(pj.lora(rank=1, targets="w"), pj.dora(rank=1, targets="w"))
+    (event,) = pj.explain(product, method.init(KEY, W), X)
+    assert (event.path, event.overlay, event.how) == ("w", "DoRA over LoRA", "acted")
+
+
 def test_explain_computes_nothing_and_takes_shapes():
     shapes = jax.eval_shape(lambda: pj.lora(rank=2).init(KEY, W))
     (event,) = pj.explain(product, shapes, jax.ShapeDtypeStruct((5, 8), "float32"))
