@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, Mapping
 
@@ -14,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from peftjax.fingerprint import compare, fingerprint
-from peftjax.flat import not_finite, replaced, unique
+from peftjax.flat import misfits, not_finite, replaced, unique
 from peftjax.folders import replacing
 from peftjax.method import Method, from_dict
 from peftjax.overlay import Overlay, is_overlay, layers
@@ -36,11 +37,11 @@ def save(folder: str | os.PathLike[str], tuned: Any, method: Method, roles: Role
     Args:
       folder: where to; it becomes a folder of two files, `adapter.safetensors` and `adapter.json`.
       tuned: a tree with overlays. Dropout keys are not saved.
-      method: the method whose `init` made the tree.
+      method: the method whose `init` made the tree; without roles, it is checked as far as it needs none.
       roles: the roles that `init` was given, so that `load` needs none.
 
     Raises:
-      ValueError: nothing to save, an array holds a NaN or an infinity, or the folder holds other files.
+      ValueError: nothing to save, a method that did not make the tree, or whose targets are a function, an array holds a NaN or an infinity, or the folder holds other files.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj, tempfile
@@ -57,11 +58,13 @@ def save(folder: str | os.PathLike[str], tuned: Any, method: Method, roles: Role
         raise ValueError("nothing to save: the tree holds no overlay")
     if broken := not_finite(held.items()):
         raise ValueError(f"not saved, for these hold a NaN or an infinity: {', '.join(broken)}. Did training diverge?")
+    saved, locks = _described(method, tuned), _locks(tuned)
+    _check_made(tuned, method, roles, locks, held)
     page = {
         "format": FORMAT,
-        "method": method.to_dict(),
+        "method": saved,
         "roles": None if roles is None else roles.to_dict(),
-        "locked": _locks(tuned),
+        "locked": locks,
         "base": fingerprint(strip(tuned)),
         "versions": {name: _version(name) for name in ("peftjax", "jax", "safetensors")},
     }
@@ -70,6 +73,34 @@ def save(folder: str | os.PathLike[str], tuned: Any, method: Method, roles: Role
         page["arrays"] = _digest_file(new / ARRAYS)
         page["checksum"] = _checksum(page)
         (new / PAGE).write_text(json.dumps(page, indent=1) + "\n")
+
+
+def _described(method: Method, tuned: Any) -> dict[str, Any]:
+    try:
+        return method.to_dict()
+    except ValueError as error:
+        paths = [path for path, leaf in flatten(tuned) if is_overlay(leaf)]
+        raise ValueError(
+            f"not saved: {error}. The overlays of this tree are at {', '.join(paths)}: give `save` the same method with "
+            f"these paths in the function's place, such as targets={'|'.join(map(re.escape, paths))!r}"
+        ) from None
+
+
+def _check_made(tuned: Any, method: Method, roles: Roles | None, locks: Mapping[str, Any], held: Any) -> None:
+    """Raises if `load` could not lay what a tree holds on what the method makes of its base."""
+    params = strip(tuned)
+    try:
+        made = _begun(method, params, roles, locks, set(held))
+    except ValueError as error:
+        if roles is None:  # `load` may be given the roles that the method counts on
+            return
+        raise ValueError(f"not saved: {method.name} cannot have made this tree: {error}") from error
+    shapes = {e.key: e.value for e in entries(made) if _is_held(e)}
+    if faults := misfits(shapes, {k: jax.typeof(x) for k, x in held.items()}):
+        raise ValueError(
+            f"not saved: this tree is not what {method!r} makes of its base, so `load` could not build it; expected the "
+            "method whose `init` made it:\n  " + "\n  ".join(faults)
+        )
 
 
 def load(folder: str | os.PathLike[str], params: Any, roles: Roles | None = None, method: Method | None = None) -> Any:

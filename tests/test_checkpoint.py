@@ -118,14 +118,12 @@ def test_roles_are_kept(tmp_path):
         load(tmp_path / "without", base)
 
 
-def test_bfloat16_fields(tmp_path):
+def test_fields_of_another_type_are_refused_at_once(tmp_path):
     tuned = trained(METHODS["lora"], params())
     narrow = jax.tree.map(lambda x: x, tuned)
     narrow["a"]["kernel"] = tuned["a"]["kernel"].replace(a=tuned["a"]["kernel"].a.astype(jnp.bfloat16))
-    save(tmp_path / "x", narrow, METHODS["lora"])
-    assert load_file(tmp_path / "x" / ARRAYS)["a/kernel/a"].dtype == jnp.bfloat16
-    with pytest.raises(ValueError, match="dtype: a/kernel/a is bfloat16, expected float32"):
-        load(tmp_path / "x", params())
+    with pytest.raises(ValueError, match="(?s)not saved: .*dtype: a/kernel/a is bfloat16, expected float32"):
+        save(tmp_path / "x", narrow, METHODS["lora"])
 
 
 def test_another_base_is_named(tmp_path):
@@ -266,3 +264,24 @@ def test_saving_refuses(tmp_path):
     with pytest.raises(ValueError, match="nothing to save"):
         save(tmp_path / "x", params(), METHODS["lora"])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_method_that_did_not_make_the_tree_is_refused_at_once(tmp_path):
+    tuned = trained(lora(rank=2, targets=".*kernel"), params())
+    for method, said in (
+        (lora(rank=1, targets=".*kernel"), r"shape: .*kernel/a is \(.*, 2\), expected \(.*, 1\)"),
+        (unfreeze(".*bias"), r"missing: .*bias/value.*\n.*unknown: .*kernel/a"),
+    ):
+        with pytest.raises(ValueError, match=f"(?s)not saved: this tree is not what {method.name}.*{said}"):
+            save(tmp_path / "x", tuned, method)
+    assert not list(tmp_path.iterdir())
+
+
+def test_targets_by_a_function_are_named_where_they_cannot_be_saved(tmp_path):
+    chosen = lambda path, role: path.endswith("kernel")
+    tuned = trained(lora(rank=2, targets=chosen), params())
+    with pytest.raises(ValueError, match=r"not saved: lora\(targets=\).*such as targets='(.*)'") as caught:
+        save(tmp_path / "x", tuned, lora(rank=2, targets=chosen))
+    method = lora(rank=2, targets=str(caught.value).rpartition("targets='")[2][:-1])
+    save(tmp_path / "x", tuned, method)
+    assert_same(load(tmp_path / "x", params()), tuned)
