@@ -30,7 +30,8 @@ def fold(tuned: Any) -> Any:
       tuned: a tree with overlays, trained.
 
     Returns:
-      The tree that `prompt`, and `prefix` without `hidden`, would have made; overlays without a network stay.
+      The tree that `prompt`, and `prefix` without `hidden`, would have made, and with which `save` takes it; overlays
+      without a network stay.
 
     Raises:
       ValueError: no overlay has one.

@@ -44,8 +44,15 @@ def _counts(entry: Entry) -> bool:
     return hasattr(entry.value, "shape") and not entry.is_key and entry.field.rpartition("/")[2] != "scale"
 
 
-def describe(tuned: Any) -> str:
-    """Prints a tuned tree as a table: every leaf, its type, the overlays on it and what they train.
+class Description(str):
+    """A table as text, which shows itself where it is the value of a line."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def describe(tuned: Any) -> Description:
+    """Shows a tuned tree as a table: every leaf, its type, the overlays on it and what they train.
 
     Args:
       tuned: a tree with overlays; shapes are enough.
@@ -56,7 +63,7 @@ def describe(tuned: Any) -> str:
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj
       >>> tuned = pj.unfreeze("b").init(jax.random.key(0), {"b": jnp.ones(2), "w": jnp.ones((2, 2))})
-      >>> print(pj.describe(tuned))
+      >>> pj.describe(tuned)
       path  type          overlay  trains
       b     float32[2]    Full          2
       w     float32[2,2]  -             -
@@ -71,7 +78,7 @@ def describe(tuned: Any) -> str:
         rows.append((path or ".", _type(leaf), " over ".join(map(_title, layers(leaf))) or "-", numbers))
     wide = [max(len(row[k]) for row in rows) for k in range(4)]
     line = lambda row: f"{row[0]:{wide[0]}}  {row[1]:{wide[1]}}  {row[2]:{wide[2]}}  {row[3]:>{wide[3]}}".rstrip()
-    return "\n".join([*map(line, rows), str(count(tuned))])
+    return Description("\n".join([*map(line, rows), str(count(tuned))]))
 
 
 def _type(leaf: Any) -> str:
