@@ -5,6 +5,7 @@ import time
 from typing import Any, Callable, Sequence
 
 import numpy as np
+from sklearn.base import clone
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import Pipeline, make_pipeline
@@ -33,49 +34,45 @@ class Baseline:
     seconds: float
 
 
+LOGISTIC = [LogisticRegression(C=c, max_iter=2000) for c in INVERSE_PENALTIES]
+RIDGE = [Ridge(alpha=1 / c) for c in INVERSE_PENALTIES]
+
+
 def classes(data: Dataset[Rows], test: Rows, features: Features) -> list[Baseline]:
     """The most frequent class, and logistic regression on words and on features."""
     one = np.full(len(test), np.bincount(data.train.labels).argmax())
-    fit = [LogisticRegression(C=c, max_iter=2000) for c in INVERSE_PENALTIES]
-    return [
-        Baseline("majority", one, 0, 0.0),
-        _words("TF-IDF + logistic regression", fit, data, test),
-        _probe("frozen linear probe", fit, data, test, features),
-    ]
+    return [Baseline("majority", one, 0, 0.0), words(data, test), probe(data, test, features)]
 
 
 def numbers(data: Dataset[Rows], test: Rows, features: Features) -> list[Baseline]:
     """The mean, and ridge regression on words and on features."""
     one = np.full(len(test), data.train.labels.mean(dtype=np.float64))
-    fit = [Ridge(alpha=1 / c) for c in INVERSE_PENALTIES]
-    return [
-        Baseline("mean", one, 0, 0.0),
-        _words("TF-IDF + ridge regression", fit, data, test),
-        _probe("frozen linear probe", fit, data, test, features),
-    ]
+    return [Baseline("mean", one, 0, 0.0), words(data, test, models=RIDGE), probe(data, test, features, RIDGE)]
 
 
-def linear(x: np.ndarray, y: np.ndarray, x_chosen_on: np.ndarray, y_chosen_on: np.ndarray) -> Pipeline:
-    """Logistic regression on features, (N, D), each brought to mean 0 and deviation 1."""
-    return _scaled([LogisticRegression(C=c, max_iter=2000) for c in INVERSE_PENALTIES], x, y, x_chosen_on, y_chosen_on)
-
-
-def _words(name: str, models: Sequence[Any], data: Dataset[Rows], test: Rows) -> Baseline:
-    """On TF-IDF of words and pairs of words."""
+def words(data: Dataset[Rows], test: Rows, _: Features | None = None, models: Sequence[Any] = LOGISTIC) -> Baseline:
+    """A linear model on TF-IDF of words and pairs of words."""
     start = time.perf_counter()
     counts = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
     x, chosen_on = counts.fit_transform(data.train.texts), counts.transform(data.validation.texts)
     fitted = _best(models, x, data.train.labels, chosen_on, data.validation.labels)
     seconds = time.perf_counter() - start
+    name = f"TF-IDF + {'ridge' if models is RIDGE else 'logistic'} regression"
     return Baseline(name, fitted.predict(counts.transform(test.texts)), size(fitted), seconds)
 
 
-def _probe(name: str, models: Sequence[Any], data: Dataset[Rows], test: Rows, features: Features) -> Baseline:
+def probe(data: Dataset[Rows], test: Rows, features: Features, models: Sequence[Any] = LOGISTIC) -> Baseline:
+    """A linear model on features of texts, (N, D), which stay as they are."""
     start = time.perf_counter()
     x, chosen_on = features(data.train), features(data.validation)
     fitted = _scaled(models, x, data.train.labels, chosen_on, data.validation.labels)
     seconds = time.perf_counter() - start
-    return Baseline(name, fitted.predict(features(test)), size(fitted[-1]), seconds)
+    return Baseline("frozen linear probe", fitted.predict(features(test)), size(fitted[-1]), seconds)
+
+
+def linear(x: np.ndarray, y: np.ndarray, x_chosen_on: np.ndarray, y_chosen_on: np.ndarray) -> Pipeline:
+    """Logistic regression on features, (N, D), each brought to mean 0 and deviation 1."""
+    return _scaled(LOGISTIC, x, y, x_chosen_on, y_chosen_on)
 
 
 def _scaled(models: Sequence[Any], x: Any, y: np.ndarray, x_chosen_on: Any, y_chosen_on: np.ndarray) -> Pipeline:
@@ -85,7 +82,7 @@ def _scaled(models: Sequence[Any], x: Any, y: np.ndarray, x_chosen_on: Any, y_ch
 
 def _best(models: Sequence[Any], x: Any, y: np.ndarray, x_chosen_on: Any, y_chosen_on: np.ndarray) -> Any:
     """The model that does best on the validation rows, fitted."""
-    return max((model.fit(x, y) for model in models), key=lambda fit: fit.score(x_chosen_on, y_chosen_on))
+    return max((clone(model).fit(x, y) for model in models), key=lambda fit: fit.score(x_chosen_on, y_chosen_on))
 
 
 def size(fitted: Any) -> int:

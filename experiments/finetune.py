@@ -35,7 +35,7 @@ from experiments.batches import batches
 from experiments.data import Rows
 from experiments.interruption import Interrupted
 from experiments.models.bert import RULES
-from experiments.schedules import warm_then_linear
+from experiments.schedules import at_rate
 from experiments.tasks import TASKS, Encoded, Result
 from experiments.text_model import ADAPTER, Page, TextModel
 from experiments.train import Limits, Score, Trained, predict, train
@@ -110,8 +110,25 @@ class Fitted:
     answers: Callable[[Rows], np.ndarray]
 
 
-def fit(c: ml_collections.ConfigDict, model: TextModel, training: Rows, validation: Rows, console: Console) -> Fitted:
+Tools = dict[Any, tuple[pj.TrainStep, Callable[..., np.ndarray]]]
+
+
+def fit(
+    c: ml_collections.ConfigDict,
+    model: TextModel,
+    training: Rows,
+    validation: Rows,
+    console: Console,
+    tools: Tools | None = None,
+) -> Fitted:
     """Trains on some rows and chooses the epoch on others.
+
+    Args:
+      c, model: the page and the model.
+      training, validation: the rows.
+      console: where to print.
+      tools: what earlier runs of this model compiled, to which this one adds: runs that differ in their learning rate,
+        seed and rows alone share it.
 
     Raises:
       ValueError: fewer rows than a batch, a mesh that several processes lack, or a method that is not known.
@@ -133,8 +150,11 @@ def fit(c: ml_collections.ConfigDict, model: TextModel, training: Rows, validati
     tx = optimizer(c, steps)
     specs = None if mesh is None else by_rules(within(RULES, mesh), model.params, mesh)
     state = pj.train_state(tuned, tx, key=dropout, mesh=mesh, specs=specs)
-    step = pj.make_train_step(model.apply, task.loss, tx, mesh, method=method, accumulate=c.accumulate)
-    run = predict(model.apply, step, longest if task.per_token else None)
+    tools, same = {} if tools is None else tools, (repr(method), c.mesh, c.accumulate, c.decay, c.clip)
+    if same not in tools:
+        step = pj.make_train_step(model.apply, task.loss, tx, mesh, method=method, accumulate=c.accumulate)
+        tools[same] = step, predict(model.apply, step, longest if task.per_token else None)
+    step, run = tools[same]
     epoch = lambda number: plan(examples.ids, examples.columns, seed=(c.seed, number), share=step.share)
 
     def outputs(tuned: Any, encoded: Encoded) -> np.ndarray:
@@ -184,8 +204,10 @@ def folder_of_run(c: ml_collections.ConfigDict) -> Path:
 
 def optimizer(c: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
     """AdamW under clipped gradients; the rate rises linearly, then falls linearly to 0."""
-    schedule = warm_then_linear(c.rate[c.method], c.warmup, steps)
-    return optax.chain(optax.clip_by_global_norm(c.clip), optax.adamw(schedule, weight_decay=c.decay))
+    rate = at_rate(c.rate[c.method], c.warmup, steps)
+    return optax.chain(
+        optax.clip_by_global_norm(c.clip), optax.scale_by_adam(), optax.add_decayed_weights(c.decay), rate
+    )
 
 
 def _example(model: TextModel, size: int) -> dict[str, jax.ShapeDtypeStruct]:

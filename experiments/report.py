@@ -81,19 +81,19 @@ def plot(results: Sequence[Result], path: Path) -> Path:
     for axis, name in zip(
         (axes[0, 0], axes[0, 1], axes[1, 0]), ("test accuracy", "training minus validation", "seconds")
     ):
-        _named(axis, "training images", name)
+        named(axis, "training images", name)
         axis.set_xticks(sizes, [f"{n:,}" for n in sizes])
         axis.minorticks_off()
     axes[1, 0].set_ylim(bottom=0)
     axes[0, 1].axhline(0, color="#bbbbbb", linewidth=1, zorder=0)
-    _named(axes[1, 1], "parameters that train", f"test accuracy, {sizes[-1]:,} images")
+    named(axes[1, 1], "parameters that train", f"test accuracy, {sizes[-1]:,} images")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     return path
 
 
-def _named(axis: Axes, x: str, y: str) -> None:
+def named(axis: Axes, x: str, y: str) -> None:
     axis.set_xscale("log")
     axis.set_xlabel(x)
     axis.set_ylabel(y)

@@ -22,6 +22,7 @@ from experiments import assets, data, finetune, predict, text_model, train
 from experiments.configs import reviews
 from experiments.models import bert
 from experiments.models.load import load
+from experiments.schedules import at_rate, warm_then_linear
 from experiments.tokens import Tokens
 
 pytestmark = pytest.mark.third_party  # optax's Adam needs the usual promotion
@@ -321,3 +322,16 @@ def test_minilm(usual_promotion):
     means = np.array(bert.mean(hidden, jax.numpy.asarray(batch["mask"])))
     means /= np.linalg.norm(means, axis=1, keepdims=True)
     assert means[0] @ means[1] > 0.5 > 0.2 > means[0] @ means[2]
+
+
+def test_the_rate_is_that_of_the_schedule():
+    """And it is no part of the program: another rate is another state."""
+    for rate, warmup, steps in ((0.5, 0.25, 12), (2.0, 0.0, 3), (1.0, 1.0, 4)):
+        tx, schedule = at_rate(rate, warmup, steps), warm_then_linear(rate, warmup, steps)
+        state, update = tx.init(None), jax.jit(tx.update)
+        for k in range(steps):
+            moved, state = update({"w": np.ones(2, np.float32)}, state)
+            np.testing.assert_allclose(moved["w"], -float(schedule(k)), rtol=1e-6, atol=1e-7)
+    assert jax.jit(at_rate(1.0, 0.1, 9).update).lower({"w": moved["w"]}, state).as_text() == (
+        jax.jit(at_rate(2.0, 0.2, 99).update).lower({"w": moved["w"]}, state).as_text()
+    )

@@ -1,0 +1,187 @@
+"""Compares methods on the same rows and seeds: a table, plots, and one page of all.
+
+python experiments/compare.py
+python experiments/compare.py --quick
+python experiments/compare.py --config.methods=lora,full --config.rows=1000
+
+Finished runs are lines of `compare.jsonl`; a second call does what is missing, and shows all.
+"""
+
+import dataclasses
+import functools
+import itertools
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import ml_collections
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+from rich.console import Console
+
+import peftjax as pj
+from experiments import assets, baselines, comparison, finetune, recipes
+from experiments.data import Dataset, Rows
+from experiments.ledger import Ledger
+from experiments.sweep import Setting, kept, listed, read_winners, subset
+from experiments.tasks import TASKS
+from experiments.text_model import Page, TextModel
+
+VERSION = 1
+FREE = (
+    "methods",
+    "baselines",
+    "rows",
+    "passes",
+    "seeds",
+    "winners",
+    "out",
+    "resume",
+    "every",
+    "tensorboard",
+    "profile",
+)
+BASELINES = {"words": baselines.words, "probe": baselines.probe}
+QUICK = {"methods": ("lora", "adapter", "prompt", "full", "scratch"), "rows": (250,), "passes": (4,), "seeds": (0,)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run: which method, on how many training rows, and with which seed."""
+
+    method: str
+    rows: int
+    seed: int
+
+
+def runs(c: ml_collections.ConfigDict) -> list[Run]:
+    """The runs of a page, seed by seed.
+
+    Raises:
+      ValueError: a method or a baseline that is not known, or another number of passes than of rows.
+    """
+    names = [*listed(c.baselines), *listed(c.methods)]
+    if unknown := [name for name in names if name not in (*BASELINES, *recipes.NAMES)]:
+        raise ValueError(f"method {unknown[0]!r}; expected one of {', '.join((*BASELINES, *recipes.NAMES))}")
+    if len(c.passes) != len(c.rows):
+        raise ValueError(f"passes {tuple(c.passes)}: expected as many as rows {tuple(c.rows)}")
+    return [Run(name, n, seed) for seed, n, name in itertools.product(c.seeds, c.rows, names)]
+
+
+def run(c: ml_collections.ConfigDict, console: Console) -> list[dict[str, Any]]:
+    """Does every run that the file of results lacks, and prints and plots all.
+
+    Args:
+      c: as `configs/compare.py` describes it.
+      console: where to print.
+
+    Returns:
+      The results of these runs.
+    """
+    wanted = runs(c)
+    ledger, pages = Ledger(Path(c.out) / "compare.jsonl", VERSION), {one: page(c, one) for one in wanted}
+    settings = {one: {**kept_of(pages[one], one), **dataclasses.asdict(one)} for one in wanted}
+    if todo := [one for one in wanted if ledger.find(settings[one]) is None]:
+        lab = Lab(c, console)
+        for n, one in enumerate(todo, 1):
+            console.print(f"{n} of {len(todo)}: {one.method}, {one.rows:,} rows, seed {one.seed}")
+            ledger.add(settings[one], {**dataclasses.asdict(one), **lab.result(one, pages[one])})
+    results = [found for one in wanted if (found := ledger.find(settings[one])) is not None]
+    console.print(comparison.table(results))
+    places = comparison.write(results, Path(c.out))
+    console.print(f"{len(results)} runs are in {ledger.path}; {', '.join(map(str, places))}")
+    return results
+
+
+def page(c: ml_collections.ConfigDict, one: Run) -> ml_collections.ConfigDict:
+    """The page of one run, with the learning rate and the size that won."""
+    if one.method in BASELINES:
+        return c
+    best = read_winners(Path(c.winners)).get(one.method)
+    if best is None:
+        raise ValueError(f"{c.winners} has no winner of {one.method!r}; expected one: run experiments/sweep.py for it")
+    made = Setting(one.method, best["rate"], best["size"]).laid(c, one.seed)
+    made.epochs = made.patience = dict(zip(c.rows, c.passes))[one.rows]
+    return made
+
+
+def kept_of(c: ml_collections.ConfigDict, one: Run) -> dict[str, Any]:
+    """The values of a page on which a run depends."""
+    if one.method in BASELINES:
+        return {name: c[name] for name in ("data", "text", "label", "model", "length")}
+    return kept(c, one.method, FREE)
+
+
+class Lab:
+    """Does runs, one after the other, on one model and one data set.
+
+    Args:
+      c: the page.
+      console: where to print.
+    """
+
+    def __init__(self, c: ml_collections.ConfigDict, console: Console):
+        self.c, self.console = c, console
+        self.task, self.data = TASKS["classify"].read(c)
+        model = Page(c.model, c.pool, c.length, c.fixed, self.task)
+        self.model, self._tools = TextModel(model, c.dropout), {}
+
+    @functools.cached_property
+    def test(self) -> Rows:
+        """The test rows, opened when the first run has made its choices."""
+        return self.data.test.open()
+
+    def result(self, one: Run, c: ml_collections.ConfigDict) -> dict[str, Any]:
+        """What a run gives: which test rows it has right, its curves, the seconds of training, and what trained."""
+        training = subset(self.data.train, one.rows, one.seed)
+        found = self._baseline(one, training) if one.method in BASELINES else self._trained(c, training)
+        answers = found.pop("answers")
+        correct = answers == self.test.labels
+        found |= {
+            "accuracy": float(correct.mean()),
+            "correct": np.packbits(correct).tobytes().hex(),
+            "tested": len(correct),
+        }
+        shown = {name: found[name] for name in ("accuracy", "seconds", "trainable")}
+        self.console.print("  " + ", ".join(f"{name} {x:,.3f}" for name, x in shown.items()), highlight=False)
+        return found
+
+    def _trained(self, c: ml_collections.ConfigDict, training: Rows) -> dict[str, Any]:
+        fitted = finetune.fit(c, self.model, training, self.data.validation, self.console, self._tools)
+        went = fitted.trained.progress
+        return {
+            "answers": fitted.answers(self.test),
+            "validation": [score.value for score in went.scores],
+            "validation_loss": [score.loss for score in went.scores],
+            "training_loss": went.losses,
+            "best": went.best,
+            "seconds": sum(went.seconds),
+            "trainable": pj.count(fitted.tuned).trainable,
+        }
+
+    def _baseline(self, one: Run, training: Rows) -> dict[str, Any]:
+        data = Dataset(training, self.data.validation, self.data.test, self.data.names)
+        features = finetune.features(self.c, self.model)
+        found = BASELINES[one.method](data, self.test, features)
+        return {"answers": found.answers, "seconds": found.seconds, "trainable": found.trainable}
+
+
+def main(_: list[str]) -> None:
+    """Does the runs that the flags ask for."""
+    assets.keep_compiled()
+    c = flags.FLAGS.config
+    if flags.FLAGS.quick:
+        c.update(QUICK)
+    try:
+        run(c, Console())
+    except (ValueError, FloatingPointError, assets.Missing) as error:
+        raise SystemExit(f"compare: {error}") from error
+
+
+if __name__ == "__main__":  # several scripts have a flag of this name
+    config_flags.DEFINE_config_file("config", str(Path(__file__).parent / "configs" / "compare.py"))
+    flags.DEFINE_bool("quick", False, "few methods, 250 training rows and one seed: ten minutes on two cores")
+    app.run(main)

@@ -1,0 +1,221 @@
+"""What runs of several methods gave: a table, plots, and one page that holds all."""
+
+import base64
+import html
+import io
+from pathlib import Path
+from typing import Any, Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich import box
+from rich.table import Table
+
+from experiments.report import COLOURS, MARKS, named
+
+Result = dict[str, Any]
+NAMES = {
+    "words": "TF-IDF + logistic regression",
+    "probe": "frozen linear probe",
+    "full": "full fine-tuning",
+    "scratch": "from scratch",
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "adapter": "adapters",
+    "ia3": "IA3",
+    "bitfit": "BitFit",
+    "prefix": "prefix tuning",
+    "prompt": "prompt tuning",
+}
+TITLES = {
+    "parameters": "Accuracy by what trains",
+    "seconds": "Accuracy by training time",
+    "rows": "Accuracy by training rows",
+    "curves": "Training and validation, pass by pass",
+}
+
+
+def name(method: str) -> str:
+    """What a method is called in tables and plots."""
+    return NAMES.get(method, method)
+
+
+def groups(results: Sequence[Result]) -> dict[tuple[str, int], list[Result]]:
+    """The results of each method on each number of rows, over seeds."""
+    made: dict[tuple[str, int], list[Result]] = {}
+    for one in results:
+        made.setdefault((one["method"], one["rows"]), []).append(one)
+    return made
+
+
+def mean(results: Sequence[Result], value: str) -> tuple[float, float]:
+    """The mean of a number over seeds, and its standard deviation."""
+    values = [one[value] for one in results]
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def correct(one: Result) -> np.ndarray:
+    """Which test rows a run has right, (N,)."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(one["correct"]), np.uint8))[: one["tested"]].astype(bool)
+
+
+def difference(mine: Sequence[Result], theirs: Sequence[Result]) -> tuple[float, float]:
+    """By how much one method is more accurate than another on the same test rows and seeds, and its standard error.
+
+    `d(row, seed)` is 1, 0 or -1. The error's square is that of the mean over rows of `d` averaged over seeds, and that of
+    the mean over seeds of `d` averaged over rows.
+
+    Raises:
+      ValueError: there is no seed that both have.
+    """
+    by_seed = {one["seed"]: one for one in theirs}
+    both = [(one, by_seed[one["seed"]]) for one in mine if one["seed"] in by_seed]
+    if not both:
+        raise ValueError("no seed that both methods have")
+    d = np.array([correct(a).astype(float) - correct(b) for a, b in both])
+    rows, seeds = d.mean(0), d.mean(1)
+    squared = rows.var(ddof=1) / len(rows) + (seeds.var(ddof=1) / len(seeds) if len(seeds) > 1 else 0.0)
+    return float(d.mean()), float(np.sqrt(squared))
+
+
+def table(results: Sequence[Result]) -> Table:
+    """Per method: what trains, the seconds, the accuracy by the number of rows, and how far it is from full fine-tuning."""
+    by, (methods, sizes) = groups(results), _axes(results)
+    shown = Table(title="Test accuracy, mean and deviation over seeds", box=box.MARKDOWN)
+    shown.add_column("method")
+    for column in ("trainable", *(f"{n:,} rows" for n in sizes), f"minus full ({sizes[-1]:,} rows)", "seconds"):
+        shown.add_column(column, justify="right")
+    for method in methods:
+        last = by.get((method, sizes[-1]), [])
+        cells = [
+            "{:.3f} ({:.3f})".format(*mean(by[method, n], "accuracy")) if (method, n) in by else "-" for n in sizes
+        ]
+        trains = f"{next(one['trainable'] for one in results if one['method'] == method):,}"
+        shown.add_row(name(method), trains, *cells, _apart(last, by.get(("full", sizes[-1]), [])), _seconds(last))
+    return shown
+
+
+def _apart(mine: Sequence[Result], full: Sequence[Result]) -> str:
+    """The difference in points, with its 95 % interval."""
+    if not mine or not full or mine[0]["method"] == "full":
+        return "-"
+    much, error = difference(mine, full)
+    low, high = 100 * (much - 1.96 * error), 100 * (much + 1.96 * error)
+    return f"{100 * much:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def _seconds(results: Sequence[Result]) -> str:
+    return f"{mean(results, 'seconds')[0]:.0f}" if results else "-"
+
+
+def _axes(results: Sequence[Result]) -> tuple[list[str], list[int]]:
+    return list(dict.fromkeys(one["method"] for one in results)), sorted({one["rows"] for one in results})
+
+
+def write(results: Sequence[Result], folder: Path) -> list[Path]:
+    """Writes the plots, and a page with the table and all of them that needs no other file; returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = {
+        "parameters": _scatter(results, "trainable", "parameters that train"),
+        "seconds": _scatter(results, "seconds", "seconds of training"),
+        "rows": _by_rows(results),
+        "curves": _curves(results),
+    }
+    made = []
+    for what, figure in figures.items():
+        made.append(folder / f"compare-{what}.png")
+        figure.savefig(made[-1], dpi=110)
+    made.append(folder / "compare.html")
+    made[-1].write_text(_page(results, figures))
+    return made
+
+
+def _style(k: int) -> dict[str, Any]:
+    return {"color": COLOURS[k % 8], "marker": MARKS[k % 8], "markerfacecolor": "white" if k >= 8 else COLOURS[k % 8]}
+
+
+def _scatter(results: Sequence[Result], value: str, label: str) -> Figure:
+    by, (methods, sizes) = groups(results), _axes(results)
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axis = figure.subplots()
+    for k, method in enumerate(methods):
+        if not (some := by.get((method, sizes[-1]))):
+            continue
+        (x, _), (y, spread) = mean(some, value), mean(some, "accuracy")
+        axis.errorbar([x], [y], [spread], capsize=3, linestyle="none", label=name(method), **_style(k))
+    named(axis, label, f"test accuracy, {sizes[-1]:,} training rows")
+    figure.legend(loc="outside right center", frameon=False)
+    return figure
+
+
+def _by_rows(results: Sequence[Result]) -> Figure:
+    by, (methods, sizes) = groups(results), _axes(results)
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axis = figure.subplots()
+    for k, method in enumerate(methods):
+        some = [n for n in sizes if (method, n) in by]
+        values, spread = np.transpose([mean(by[method, n], "accuracy") for n in some])
+        axis.errorbar(some, values, spread, capsize=3, label=name(method), linewidth=1.5, **_style(k))
+    named(axis, "training rows", "test accuracy")
+    axis.set_xticks(sizes, [f"{n:,}" for n in sizes])
+    axis.minorticks_off()
+    figure.legend(loc="outside right center", frameon=False)
+    return figure
+
+
+def _curves(results: Sequence[Result]) -> Figure:
+    by, (methods, sizes) = groups(results), _axes(results)
+    figure = Figure(figsize=(11, 4 * len(sizes)), layout="constrained")
+    panels = figure.subplots(len(sizes), 2, squeeze=False)
+    for n, (losses, scores) in zip(sizes, panels):
+        for k, method in enumerate(methods):
+            some = [one for one in by.get((method, n), []) if "validation" in one]
+            if not some:
+                continue
+            average = lambda what: np.mean([one[what] for one in some], 0)
+            passes = np.arange(1, 1 + len(some[0]["validation"]))
+            losses.plot(passes, average("training_loss"), label=name(method), **_style(k))
+            losses.plot(passes, average("validation_loss"), linestyle=":", **_style(k))
+            scores.plot(passes, average("validation"), **_style(k))
+        for axis, what in ((losses, "loss: training —, validation ···"), (scores, "validation accuracy")):
+            named(axis, f"pass over {n:,} rows", what)
+            axis.set_xscale("linear")
+            axis.set_xticks(passes)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    return figure
+
+
+def _page(results: Sequence[Result], figures: Mapping[str, Figure]) -> str:
+    parts = [
+        f"<h2>{html.escape(TITLES[what])}</h2>\n{_picture(figure, TITLES[what])}" for what, figure in figures.items()
+    ]
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>Methods compared</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
+table {{ border-collapse: collapse; display: block; overflow-x: auto }}
+td, th {{ padding: .25rem .75rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }}
+td:first-child, th:first-child {{ text-align: left }}
+img {{ max-width: 100% }}
+</style>
+<h1>Methods compared</h1>
+<p>Test accuracy: mean, and standard deviation over seeds in brackets. "Minus full": the difference from full fine-tuning
+on the same test rows and seeds, in points, with its 95 % interval.</p>
+{_html(table(results))}
+{chr(10).join(parts)}
+</html>
+"""
+
+
+def _html(shown: Table) -> str:
+    rows = zip(*(list(column.cells) for column in shown.columns))
+    cell = lambda tag, x: f"<{tag}>{html.escape(str(x))}</{tag}>"
+    head = "".join(cell("th", column.header) for column in shown.columns)
+    body = "\n".join(f"<tr>{''.join(cell('td', x) for x in row)}</tr>" for row in rows)
+    return f"<table>\n<tr>{head}</tr>\n{body}\n</table>"
+
+
+def _picture(figure: Figure, title: str) -> str:
+    held = io.BytesIO()
+    figure.savefig(held, format="png", dpi=110)
+    return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{base64.b64encode(held.getvalue()).decode()}">'

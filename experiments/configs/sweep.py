@@ -1,0 +1,34 @@
+"""Learning rate and size of each method, chosen on 1,000 validation sentences after training on 1,000 others.
+
+    python experiments/sweep.py --config=experiments/configs/sweep.py
+
+A page of its own for what is tried; the model, the data and all else are those of `reviews.py`.
+"""
+
+import ml_collections
+
+from experiments.configs import reviews
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The configuration; each value can be set on the command line, as `--config.methods=lora,prefix`."""
+    c = reviews.get_config()
+    c.methods = ("lora", "dora", "adapter", "ia3", "bitfit", "prefix", "prompt", "full", "scratch")
+    c.rows, c.epochs, c.patience = 1000, 2, 2
+    c.seeds = (0, 1)  # of the rows that are trained on, their order, and what begins at random
+    c.tries = 0  # so many settings of each method, drawn at random; 0 for all
+    c.rates = ml_collections.ConfigDict()  # what is tried: learning rates,
+    c.rates.lora = c.rates.dora = c.rates.adapter = (3e-4, 1e-3, 3e-3)
+    c.rates.bitfit = (1e-3, 3e-3, 1e-2)
+    c.rates.ia3 = c.rates.prefix = c.rates.prompt = (3e-3, 1e-2, 3e-2)
+    c.rates.full = (5e-5, 1e-4, 3e-4)
+    c.rates.scratch = (1e-4, 3e-4, 1e-3)
+    c.sizes = ml_collections.ConfigDict()  # and ranks, bottlenecks and lengths
+    c.sizes.lora, c.sizes.dora, c.sizes.adapter, c.sizes.prefix, c.sizes.prompt = (
+        (4, 16),
+        (4, 16),
+        (16, 64),
+        (8, 32),
+        (8, 32),
+    )
+    return c

@@ -1,0 +1,205 @@
+"""Tries learning rates and sizes of methods, and writes down the best of each, chosen on validation rows.
+
+python experiments/sweep.py
+python experiments/sweep.py --config.methods=lora,prefix --config.tries=4
+
+Finished runs are lines of `sweep.jsonl`; a second call does what is missing. The winners are in `winners.json`.
+"""
+
+import dataclasses
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Any, Mapping
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import ml_collections
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+from rich.console import Console
+from rich.table import Table
+
+import peftjax as pj
+from experiments import assets, finetune, recipes
+from experiments.data import Rows
+from experiments.ledger import Ledger
+from experiments.tasks import TASKS
+from experiments.text_model import Page, TextModel
+
+VERSION = 1
+FREE = ("methods", "seeds", "tries", "rates", "sizes", "out", "resume", "every", "tensorboard", "profile")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A method with a learning rate, and a size where it has one."""
+
+    method: str
+    rate: float
+    size: int | None
+
+    def laid(self, c: ml_collections.ConfigDict, seed: int) -> ml_collections.ConfigDict:
+        """The page with it."""
+        made = ml_collections.ConfigDict(c.to_dict())
+        made.method, made.seed, made.rate[self.method] = self.method, seed, self.rate
+        if self.size is not None:
+            made[self.method][recipes.METHODS[self.method]] = self.size
+        return made
+
+
+def settings(c: ml_collections.ConfigDict) -> list[Setting]:
+    """What is tried, method by method.
+
+    Raises:
+      ValueError: a method that is not known, or for which there is no learning rate.
+    """
+    made: list[Setting] = []
+    for method in listed(c.methods):
+        if method not in recipes.NAMES or not c.rates.get(method):
+            raise ValueError(
+                f"method {method!r}; expected one of {', '.join(recipes.NAMES)}, with rates to try in c.rates"
+            )
+        each = [Setting(method, *x) for x in itertools.product(c.rates[method], c.sizes.get(method, (None,)))]
+        order = np.random.default_rng(0).permutation(len(each))[: c.tries] if c.tries else range(len(each))
+        made += [each[k] for k in sorted(order)]
+    return made
+
+
+def listed(names: Any) -> list[str]:
+    """The names of a tuple of the page, or of a flag: "a,b"."""
+    return ",".join(names).split(",")
+
+
+def subset(rows: Rows, count: int, seed: int) -> Rows:
+    """So many of the rows; those of a smaller count are among those of a larger one."""
+    if not 1 <= count <= len(rows):
+        raise ValueError(f"rows {count}: expected 1 to {len(rows)}, the number of training rows")
+    return rows[np.random.default_rng(seed).permutation(len(rows))[:count]]
+
+
+def kept(c: ml_collections.ConfigDict, method: str, free: tuple[str, ...]) -> dict[str, Any]:
+    """The values of a page on which a run of a method depends."""
+    page = {name: x for name, x in c.to_dict().items() if name not in free}
+    others = {name for name in recipes.METHODS if name != method}
+    return {**{name: x for name, x in page.items() if name not in others}, "rate": page["rate"][method]}
+
+
+def run(c: ml_collections.ConfigDict, console: Console) -> dict[str, Any]:
+    """Does every run that is missing, and prints and writes the winners.
+
+    Args:
+      c: as `configs/sweep.py` describes it.
+      console: where to print.
+
+    Returns:
+      The winners, by method.
+    """
+    tried = settings(c)
+    ledger = Ledger(Path(c.out) / "sweep.jsonl", VERSION)
+    todo = [
+        (one, seed)
+        for one in tried
+        for seed in c.seeds
+        if ledger.find(kept(one.laid(c, seed), one.method, FREE)) is None
+    ]
+    if todo:
+        task, rows = TASKS[c.task].read(c)
+        model = TextModel(Page(c.model, "each" if task.per_token else c.pool, c.length, c.fixed, task), c.dropout)
+    tools: finetune.Tools = {}
+    for n, (one, seed) in enumerate(todo, 1):
+        page = one.laid(c, seed)
+        console.print(f"{n} of {len(todo)}: {one.method}, rate {one.rate:g}, size {one.size}, seed {seed}")
+        try:
+            fitted = finetune.fit(page, model, subset(rows.train, c.rows, seed), rows.validation, console, tools)
+            progress, trains = fitted.trained.progress, pj.count(fitted.tuned).trainable
+            found = {
+                "value": progress.scores[progress.best - 1].value,
+                "trainable": trains,
+                "seconds": sum(progress.seconds),
+            }
+        except FloatingPointError as error:
+            found = {"value": 0.0, "failed": str(error)}
+        ledger.add(kept(page, one.method, FREE), found)
+    values = {one: [ledger.find(kept(one.laid(c, s), one.method, FREE))["value"] for s in c.seeds] for one in tried}
+    best = winners(values)
+    path = Path(c.out) / "winners.json"
+    merged = {**read_winners(path), **best} if path.is_file() else best
+    path.write_text(json.dumps({"version": VERSION, "rows": c.rows, "methods": merged}, indent=1) + "\n")
+    console.print(table(best))
+    console.print(f"the winners are in {path}")
+    return best
+
+
+def winners(values: Mapping[Setting, list[float]]) -> dict[str, dict[str, Any]]:
+    """The setting of each method with the largest mean over seeds; the smaller rate where two are equal.
+
+    With it: its mean, the standard deviation over seeds, and the least and the most mean of all that was tried.
+    """
+    made = {}
+    for method in dict.fromkeys(one.method for one in values):
+        means = {one: float(np.mean(x)) for one, x in values.items() if one.method == method}
+        best = max(means, key=lambda one: (means[one], -one.rate))
+        spread = float(np.std(values[best], ddof=1)) if len(values[best]) > 1 else 0.0
+        made[method] = {
+            "rate": best.rate,
+            "size": best.size,
+            "value": means[best],
+            "deviation": spread,
+            "least": min(means.values()),
+            "most": max(means.values()),
+            "tried": len(means),
+        }
+    return made
+
+
+def read_winners(path: Path) -> dict[str, Any]:
+    """The winners in a file.
+
+    Raises:
+      ValueError: no such file, or one of another version.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a file of winners, as experiments/sweep.py writes it")
+    try:
+        saved = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(saved, dict) or saved.get("version") != VERSION:
+        found = saved.get("version") if isinstance(saved, dict) else None
+        raise ValueError(f"{path} is of version {found}; expected {VERSION}: run experiments/sweep.py anew")
+    return saved["methods"]
+
+
+def table(best: Mapping[str, Mapping[str, Any]]) -> Table:
+    """The winners side by side."""
+    shown = Table(title="Best on validation, and what the learning rate and the size are worth")
+    shown.add_column("method")
+    for name in ("rate", "size", "best", "over seeds", "worst tried", "tried"):
+        shown.add_column(name, justify="right")
+    for method, x in best.items():
+        cells = (
+            f"{x['rate']:g}",
+            str(x["size"] or "-"),
+            f"{x['value']:.3f}",
+            f"± {x['deviation']:.3f}",
+            f"{x['least']:.3f}",
+        )
+        shown.add_row(method, *cells, str(x["tried"]))
+    return shown
+
+
+def main(_: list[str]) -> None:
+    """Does the runs that the flags ask for."""
+    assets.keep_compiled()
+    try:
+        run(flags.FLAGS.config, Console())
+    except (ValueError, assets.Missing) as error:
+        raise SystemExit(f"sweep: {error}") from error
+
+
+if __name__ == "__main__":  # several scripts have a flag of this name
+    config_flags.DEFINE_config_file("config", str(Path(__file__).parent / "configs" / "sweep.py"))
+    app.run(main)

@@ -1,0 +1,141 @@
+"""The sweep and the comparison on a tiny BERT: what they choose, write, resume and refuse."""
+
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+from test_experiments import place  # noqa: F401
+
+from experiments import compare, comparison, sweep
+from experiments.configs import compare as comparing
+from experiments.configs import sweep as sweeping
+from experiments.ledger import Ledger
+
+pytestmark = pytest.mark.third_party  # optax's Adam needs the usual promotion
+
+
+def tiny(c, place, **changes):  # noqa: F811
+    c.update({"model": str(place / "model"), "data": str(place / "mine.csv"), "length": 8, "fixed": True, "batch": 16})
+    c.update({"out": str(place / "results"), **changes})
+    return c
+
+
+def printed(run, c):
+    console = Console(file=io.StringIO(), width=140)
+    with jax.numpy_dtype_promotion("standard"):  # fixtures of a module are not marked
+        return run(c, console), console.file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def swept(place):  # noqa: F811
+    """A sweep of two methods: its page, its winners, and what it printed."""
+    c = tiny(sweeping.get_config(), place, methods=("lora", "head"), rows=96, epochs=6, seeds=(0, 1))
+    with c.unlocked():
+        c.rates.lora, c.rates.head, c.sizes.lora = (1e-6, 3e-2), (3e-2,), (2,)
+    return c, *printed(sweep.run, c)
+
+
+def test_a_sweep_chooses_on_validation(swept):
+    c, best, said = swept
+    lines = [json.loads(x) for x in open(f"{c.out}/sweep.jsonl")]
+    assert len(lines) == 6 and "6 of 6" in said and "Best on validation" in said
+    value = lambda rate: np.mean(
+        [x["results"]["value"] for x in lines if x["config"]["rate"] == rate and x["config"]["method"] == "lora"]
+    )
+    assert best["lora"]["rate"] == 3e-2 and best["lora"]["size"] == 2 and best["lora"]["tried"] == 2
+    assert value(3e-2) > value(1e-6)
+    assert (best["lora"]["value"], best["lora"]["least"]) == pytest.approx((value(3e-2), value(1e-6)))
+    assert sweep.read_winners(sweep.Path(c.out) / "winners.json") == json.loads(json.dumps(best))
+
+
+def test_a_sweep_goes_on(swept):
+    """A half-written last row is done again; winners of other methods stay."""
+    c, best, _ = swept
+    path = sweep.Path(c.out) / "sweep.jsonl"
+    path.write_bytes(path.read_bytes()[:-40])
+    again, said = printed(sweep.run, c)
+    assert "1 of 1: head" in said and set(again) == {"lora", "head"} and len(path.read_text().splitlines()) == 6
+    assert sweep.winners({sweep.Setting("ia3", 0.1, None): [0.5, 0.7], sweep.Setting("ia3", 0.2, None): [0.6, 0.6]})["ia3"] == {
+        "rate": 0.1, "size": None, "value": pytest.approx(0.6), "deviation": pytest.approx(np.std([0.5, 0.7], ddof=1)),
+        "least": pytest.approx(0.6), "most": pytest.approx(0.6), "tried": 2,
+    }  # fmt: skip
+
+
+def test_tries_are_drawn(swept):
+    c = sweeping.get_config()
+    c.tries = 2
+    assert [sum(one.method == m for one in sweep.settings(c)) for m in c.methods] == [2] * len(c.methods)
+    c.methods = ("lora,prefix",)  # as a flag gives them
+    assert {one.method for one in sweep.settings(c)} == {"lora", "prefix"}
+    c.methods = ("lorra",)
+    with pytest.raises(ValueError, match="method 'lorra'; expected one of lora, dora"):
+        sweep.settings(c)
+
+
+@pytest.fixture(scope="module")
+def compared(swept, place):  # noqa: F811
+    c = tiny(comparing.get_config(), place, methods=("lora", "head"), rows=(64, 96), passes=(2, 2), seeds=(0, 1))
+    c.winners = f"{swept[0].out}/winners.json"
+    return c, *printed(compare.run, c)
+
+
+def test_a_comparison(compared):
+    c, results, said = compared
+    assert len(results) == 2 * 2 * 4 and "16 of 16" in said
+    for part in ("TF-IDF + logistic regression", "frozen linear probe", "LoRA", "96 rows", "minus full"):
+        assert part in said
+    lora = [one for one in results if one["method"] == "lora" and one["rows"] == 96]
+    assert all(comparison.correct(one).mean() == one["accuracy"] and len(one["validation"]) == 2 for one in lora)
+    folder = compare.Path(c.out)
+    for what in ("parameters", "seconds", "rows", "curves"):
+        assert (folder / f"compare-{what}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    page = (folder / "compare.html").read_text()
+    assert (
+        page.count("data:image/png;base64,") == 4
+        and "<td>LoRA</td>" in page
+        and "http:" not in page
+        and "https:" not in page
+    )
+
+
+def test_a_comparison_is_not_done_twice(compared):
+    c, results, _ = compared
+    again, said = printed(compare.run, c)
+    assert again == results and " of " not in said.split("runs are in")[0].split("\n")[0]
+
+
+def test_the_paired_difference():
+    packed = lambda bits: np.packbits(np.array(bits, bool)).tobytes().hex()
+    made = lambda seed, bits: {"seed": seed, "correct": packed(bits), "tested": 4}
+    mine, theirs = [made(0, [1, 1, 0, 1]), made(1, [1, 1, 1, 1])], [made(0, [1, 0, 0, 1]), made(1, [1, 1, 0, 0])]
+    # d: (0, 1, 0, 0) and (0, 0, 1, 1). By row 0, 1/2, 1/2, 1/2: variance 1/16. By seed 1/4, 1/2: variance 1/32.
+    much, error = comparison.difference(mine, theirs)
+    assert much == pytest.approx(3 / 8) and error == pytest.approx(np.sqrt(1 / 16 / 4 + 1 / 32 / 2))
+    with pytest.raises(ValueError, match="no seed that both methods have"):
+        comparison.difference(mine[:1], theirs[1:])
+
+
+def test_says_what_is_wrong(compared, tmp_path):
+    c = compared[0]
+    wrong = lambda **changes: tiny(comparing.get_config(), sweep.Path(c.out).parent, winners=c.winners, **changes)
+    for changes, words in (
+        ({"methods": ("lorra",)}, "method 'lorra'; expected one of words, probe, lora"),
+        ({"passes": (1,)}, r"passes \(1,\): expected as many as rows \(250, 1000, 3000\)"),
+        ({"methods": ("dora",)}, "has no winner of 'dora'; expected one: run experiments/sweep.py for it"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            compare.run(wrong(**changes), Console(file=io.StringIO()))
+    with pytest.raises(ValueError, match="rows 999: expected 1 to 140, the number of training rows"):
+        compare.run(wrong(methods=("lora",), rows=(999,), passes=(1,)), Console(file=io.StringIO()))
+    (tmp_path / "old.jsonl").write_text('{"config": {"version": 0}, "results": {}}\n')
+    with pytest.raises(ValueError, match="line 1 is of version 0; expected 1: move the file away"):
+        Ledger(tmp_path / "old.jsonl", 1)
+    for text, words in (("{", "is damaged"), ('{"version": 7}', "is of version 7; expected 1"), ("[]", "version None")):
+        (tmp_path / "winners.json").write_text(text)
+        with pytest.raises(ValueError, match=words):
+            sweep.read_winners(tmp_path / "winners.json")
+    with pytest.raises(ValueError, match="expected a file of winners, as experiments/sweep.py writes it"):
+        sweep.read_winners(tmp_path / "none.json")
