@@ -8,6 +8,7 @@ from typing import Any, Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from rich import box
 from rich.table import Table
 
@@ -144,6 +145,7 @@ def _scatter(results: Sequence[Result], value: str, label: str) -> Figure:
         (x, _), (y, spread) = mean(some, value), mean(some, "accuracy")
         axis.errorbar([x], [y], [spread], capsize=3, linestyle="none", label=name(method), **_style(k))
     named(axis, label, f"test accuracy, {sizes[-1]:,} training rows")
+    axis.xaxis.set_minor_formatter(NullFormatter())
     figure.legend(loc="outside right center", frameon=False)
     return figure
 
