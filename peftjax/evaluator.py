@@ -84,7 +84,7 @@ class Evaluator:
         outs = rules.act(eqn, operands, run)
         if outs is None:
             return run(eqn, [self.merged(x, eqn) for x in operands])
-        if eqn.primitive.name in rules.CONTRACTIONS:
+        if eqn.primitive.name in rules.CONTRACTIONS and not any(isinstance(x, Weight) for x in outs):
             for x in operands:
                 if isinstance(x, Weight):
                     idle = x.plain is None and x.only_for(eqn.primitive.name).plain is not None

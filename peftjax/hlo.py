@@ -84,7 +84,7 @@ class Program:
       ValueError: the text has no entry computation.
     """
 
-    def __init__(self, text: str):
+    def __init__(self, text: str) -> None:
         self._computations: dict[str, list[Op]] = {}
         entry, name = None, ""
         for line in text.splitlines():

@@ -8,9 +8,10 @@ from jax.extend import core as jex
 
 from peftjax import pending, tables
 from peftjax.hooked import Hook, Made, Param, Pending, Rows, inner, position, where
+from peftjax.indexing import followed
 from peftjax.pending import views_of_output
 from peftjax.site import Site
-from peftjax.views import Cut, DynamicCut, Layout, Reverse, follow
+from peftjax.views import Cut, DynamicCut, Layout, Reverse
 from peftjax.weight import Weight
 
 ELEMENTWISE = set(
@@ -44,7 +45,7 @@ def _marked(eqn: Any, operands: Sequence[Any], plain: Any) -> Sequence[Any]:
     """Parameters stay parameters through views and among themselves; a kernel's output is marked as its own."""
     name, first = eqn.primitive.name, operands[0]
     outs = plain([inner(x) for x in operands])
-    views = follow(name, eqn.params, first.layout) if isinstance(first, Param) else None
+    views = followed(eqn, first.layout, [inner(x) for x in operands])[0] if isinstance(first, Param) else None
     if views is not None:
         return [Param(y, first.path, layout) for y, (layout, _) in zip(outs, views)]
     if isinstance(first, Made) and (moves := views_of_output(eqn, jnp.shape(first.value))):
@@ -70,9 +71,9 @@ def _hooked(evaluator: Any, eqn: Any, operands: Sequence[Any], hook: Any, plain:
     name, k = eqn.primitive.name, position(operands, hook)
     rest = [x for j, x in enumerate(operands) if j != k]
     run = lambda: plain([inner(x) if x is not hook else hook.value for x in operands])
-    views = follow(name, eqn.params, hook.layout) if k == 0 else None
+    views, named = followed(eqn, hook.layout, [inner(x) for x in operands]) if k == 0 else (None, operands)
     if views is not None:
-        return [_viewed(eqn, hook, y, layout, edits, operands) for y, (layout, edits) in zip(run(), views)]
+        return [_viewed(eqn, hook, y, layout, edits, named) for y, (layout, edits) in zip(run(), views)]
     if isinstance(hook, Rows):
         return tables.read(evaluator, eqn, operands, hook, plain)
     bias = hook.owners[0].owner.kernel

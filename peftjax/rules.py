@@ -12,11 +12,11 @@ from jax import lax
 from peftjax.convolution import convolution
 from peftjax.factored import Factor, Term, chain
 from peftjax.folding import can_fold, folded
+from peftjax.indexing import followed
 from peftjax.lookup import lookup
 from peftjax.outputs import Rule, Run, dropped, split_terms, summed
 from peftjax.ragged import ragged
 from peftjax.sides import between, outside, shared, sides
-from peftjax.views import follow
 from peftjax.weight import Weight, dense
 
 
@@ -33,7 +33,7 @@ def _view(eqn: Any, operands: Sequence[Any], run: Run) -> list[Any] | None:
     w, *rest = operands
     if not isinstance(w, Weight) or any(isinstance(v, Weight) for v in rest):
         return None
-    views = follow(eqn.primitive.name, eqn.params, w.layout)
+    views, named = followed(eqn, w.layout, operands)
     if views is None or not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
         return None
     if not all(f.follows(e) for _, edits in views for e in edits for t in w.terms for f in t.factors):
@@ -45,12 +45,17 @@ def _view(eqn: Any, operands: Sequence[Any], run: Run) -> list[Any] | None:
 
         def changed(f: Factor, edits: Sequence[Any] = edits) -> Factor:
             for edit in edits:
-                f = f.edited(edit, operands)
+                f = f.edited(edit, named)
             return f.having(lax.stop_gradient(f.array)) if stop else f
 
         terms = tuple(t.mapped(changed, None if r is None else r[k]) for t, r in zip(w.terms, ran))
         outs.append(dataclasses.replace(w, terms=terms, layout=layout, type=eqn.outvars[k].aval))
     return outs
+
+
+def _gather(eqn: Any, operands: Sequence[Any], run: Run) -> list[Any] | None:
+    """One layer's matrix taken from a stack is a view of it, many rows are a lookup."""
+    return _view(eqn, operands, run) or lookup(eqn, operands, run)
 
 
 def _barrier(eqn: Any, operands: Sequence[Any], run: Run) -> list[Any]:
@@ -115,7 +120,7 @@ def _factors(term: Term, w: Weight) -> tuple[Factor, ...]:
 CONTRACTIONS: dict[str, Rule] = {
     "dot_general": _dot,
     "conv_general_dilated": convolution,
-    "gather": lookup,
+    "gather": _gather,
     "ragged_dot_general": ragged,
     "ragged_dot": ragged,
 }

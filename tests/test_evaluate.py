@@ -359,6 +359,22 @@ def test_a_lookup_alone_merges_where_nothing_else_uses_the_leaf():
     close(pj.wrap(fn)(tuned, IDS), fn(pj.merge(tuned), IDS))
 
 
+@pytest.mark.parametrize("method", [pj.lora(rank=1, targets="w"), pj.reft(2, targets="w", where="output")])
+def test_a_layer_taken_by_its_number_is_a_view(method):
+    """`jnp.take` of one layer's matrix is no lookup: the layer's product acts, as with an index; and outside, NaN."""
+    params, x = {"w": data(3, 8, 8)}, data(5, 8, seed=1)
+    index = lambda p, x, k: jnp.tanh(x @ p["w"][k])
+    tuned = moved(method.init(KEY, params, pj.roles(index, params, x, jnp.int32(1))), 0)
+    want = [pj.wrap(index)(tuned, x, jnp.int32(k)) for k in (0, 2)]
+    for mode in ("fill", "clip"):
+        taken = lambda p, x, k: jnp.tanh(x @ jnp.take(p["w"], k, axis=0, mode=mode))
+        assert {e.primitive for e in pj.explain(taken, tuned, x, jnp.int32(1))} == {"dot_general"}
+        for k, y in zip((0, 2), want):
+            close(pj.wrap(taken)(tuned, x, jnp.int32(k)), y)
+        outside = pj.wrap(taken)(tuned, x, jnp.int32(3))
+        assert jnp.isnan(outside).all() if mode == "fill" else jnp.array_equal(outside, want[1])
+
+
 # What explain says
 
 
