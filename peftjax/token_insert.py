@@ -15,8 +15,13 @@ FILLER = 0  # the id at a prefix's positions: any valid one, for nobody reads wh
 IGNORED = -100  # the label of a token that the loss leaves out
 
 
-def inserted(names: Names, field: str, x: Any, axis: int, span: Span, active: Any, vocabulary: int) -> Any:
-    """An argument with virtual tokens: trained ones where `active`, else such that nobody reads them."""
+def inserted(
+    names: Names, field: str, x: Any, axis: int, span: Span, active: Any, vocabulary: int, mask: Any = None
+) -> Any:
+    """An argument with virtual tokens: trained ones where `active`, else such that nobody reads them.
+
+    `mask` says which tokens are real: virtual positions that come first begin where the row's began.
+    """
     if not span.virtual:
         return x
     one = active.astype(x.dtype)
@@ -31,19 +36,35 @@ def inserted(names: Names, field: str, x: Any, axis: int, span: Span, active: An
             return _joined(x, jnp.asarray(ids, x.dtype), axis, span)
         case "positions":
             n = jnp.asarray(span.virtual, x.dtype)
-            start = jnp.asarray(0, x.dtype)
-            if _shifts(names, span):
-                return _joined(x + n * one, jnp.arange(span.virtual, dtype=x.dtype), axis, span)
-            if span.prompt:
-                start = jnp.max(x, axis=axis, keepdims=True) + jnp.ones((), x.dtype)
             shape = [span.virtual if k == axis else 1 for k in range(x.ndim)]
-            return _joined(x, start + jnp.arange(span.virtual, dtype=x.dtype).reshape(shape), axis, span)
+            count = jnp.arange(span.virtual, dtype=x.dtype).reshape(shape)
+            if _shifts(names, span):
+                return _joined(x + n * one, _first(x, axis, mask) + count, axis, span)
+            start = (
+                jnp.max(x, axis=axis, keepdims=True) + jnp.ones((), x.dtype) if span.prompt else jnp.zeros((), x.dtype)
+            )
+            return _joined(x, start + count, axis, span)
         case "mask":
             return _padded(x, one, axis, span)
         case "labels":
             return _labels(names, x, axis, span)
         case _:
             return _padded(x, jnp.zeros((), x.dtype), axis, span)
+
+
+def _first(x: Any, axis: int, mask: Any) -> Any:
+    """Where the positions of each row begin: at 0 in most models, at 2 in RoBERTa.
+
+    Padding before the first real token counts where it is numbered up to that token, as BERT does; else it is that
+    token's position, for models that give all padding one position of no meaning.
+    """
+    begin = lax.slice_in_dim(x, 0, 1, axis=axis)
+    if mask is None or mask.shape != x.shape:
+        return begin
+    real = mask != jnp.zeros((), mask.dtype)
+    first = jnp.min(jnp.where(real, x, jnp.max(x, axis=axis, keepdims=True)), axis=axis, keepdims=True)
+    before = jnp.argmax(real, axis=axis, keepdims=True).astype(x.dtype)
+    return jnp.maximum(jnp.where(begin + before == first, begin, first), jnp.zeros((), x.dtype))
 
 
 def _shifts(names: Names, span: Span) -> bool:

@@ -68,8 +68,9 @@ def wrap_tokens(
       pool_mask: a mask that stays 0 at virtual tokens, for pooling and losses inside `fn`.
       side: "first" puts virtual tokens before x, "last" after it, where the first position stays first. "auto" is first
         for models with a causal part and last for others.
-      shift: whether the real tokens' positions begin at n, and the virtual ones' at 0. By default where virtual tokens
-        come first, as they do in HF peft. Else real positions stay, and a prompt's follow the last of them.
+      shift: whether the real tokens' positions move by n, and the virtual ones' begin where a row's began (0, or 2 in
+        RoBERTa). By default where virtual tokens come first, as they do in HF peft. Else real positions stay, and a
+        prompt's follow the last of them.
       axis: the ids' axis of tokens.
       drop_first_label: sets the first real label to -100 too, where virtual tokens come first: for models that shift
         labels by one, in which a virtual row would predict it.
@@ -142,9 +143,9 @@ def _evaluate(fn: Any, names: Names, call: Call, given: Seq[Any]) -> tuple[Any, 
         jnp.logical_or, [jnp.any(jnp.asarray(o.scale) != 0) for o in overlays if o.virtual] or [jnp.array(True)]
     )
     vocabulary = next((o.bottom.shape[0] for o in overlays if isinstance(o, Table)), 0)
-    longer = list(given)
+    longer, mask = list(given), jnp.asarray(given[place["mask"]]) if "mask" in place else None
     for field, k in place.items():
-        longer[k] = inserted(names, field, jnp.asarray(given[k]), axes[field], span, active, vocabulary)
+        longer[k] = inserted(names, field, jnp.asarray(given[k]), axes[field], span, active, vocabulary, mask)
     out, evaluator = evaluated(closed, shape, call, longer, sequence)
     if names.check and span.virtual:
         fields = {k: f for f, k in place.items()}

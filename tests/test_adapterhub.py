@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import peftjax as pj
 import pytest
+from experiments.models import bert
 from peftjax.interop import adapterhub
 from safetensors.numpy import load_file, save_file
 
@@ -34,6 +35,19 @@ def test_gives_what_adapterhub_gives(name, kind, models):
     error = np.abs(np.asarray(jax.jit(pj.wrap(fn))(tuned, *args)) - want).max() / np.abs(want).max()
     print(f"{name:6} {kind:16} {error:.1e}")
     assert error <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["seq_bn", "double_seq_bn"])
+def test_our_own_bert_gives_what_adapterhub_gives(kind):
+    """Its hidden states, with the adapters on the same paths."""
+    folder = GOLDEN / "bert"
+    _, params, args = loaded("bert")
+    model = bert.Bert(bert.read_config(folder / "base" / "config.json"), "each")
+    fn = lambda params, ids, mask: model.apply({"params": params}, ids, mask)[0]
+    roles = pj.roles(fn, params, *args)
+    tuned = adapterhub.load(folder / kind, params, roles)
+    want = np.load(folder / kind / "ref.npz")["output"]
+    assert np.abs(np.asarray(jax.jit(pj.wrap(fn))(tuned, *args)) - want).max() <= 1e-5 * np.abs(want).max()
 
 
 def page(**changes):

@@ -218,3 +218,27 @@ def test_a_step_of_bert_costs_little_more_than_loras():
     lora, dora = made["lora"].cost, made["dora"].cost
     assert dora.flops <= 1.15 * lora.flops
     assert dora.temp_bytes <= 1.15 * lora.temp_bytes
+
+
+def test_norms_are_those_of_the_base_as_it_is_stored():
+    """A model that computes in bfloat16 casts its kernel; the norms, the magnitude and what training does to it do not."""
+    w = np.random.default_rng(0).standard_normal((64, 8)).astype(np.float32)
+    fn = lambda p, x: x.astype(jnp.bfloat16) @ p["w"].astype(jnp.bfloat16)
+    tuned = pj.dora(rank=2).init(jax.random.key(0), {"w": w})
+    own, cast = (np.linalg.norm(x.astype(np.float64), axis=0) for x in (w, np.asarray(jnp.asarray(w, jnp.bfloat16))))
+    np.testing.assert_allclose(tuned["w"].m, own, rtol=1e-6)
+    assert np.abs(cast / own - 1).max() > 1e-5
+    for x in (tuned["w"].m, tuned["w"].norm, *tuned["w"].norms()):
+        assert x.dtype == jnp.float32
+    traced = jax.make_jaxpr(pj.wrap(fn))(tuned, np.ones((3, 64), np.float32))
+    roots = [eqn for eqn in equations(traced.jaxpr) if eqn.primitive.name == "sqrt"]
+    assert roots and {eqn.invars[0].aval.dtype for eqn in roots} == {jnp.dtype("float32")}
+    assert traced.out_avals[0].dtype == jnp.bfloat16
+
+
+def equations(jaxpr):
+    """Those of a program and of its regions."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns")):
+            yield from equations(getattr(inner, "jaxpr", inner)) if hasattr(inner, "eqns") else ()

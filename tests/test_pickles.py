@@ -3,13 +3,16 @@
 import collections
 import io
 import pickle
+import shutil
 import sys
 import types
 import zipfile
 
+import jax
 import numpy as np
 import pytest
 from peftjax.interop.pickles import read_pickle
+from safetensors.numpy import load_file
 
 
 class Storage:
@@ -198,3 +201,39 @@ def test_no_zip_file(data, tmp_path):
 def test_missing(tmp_path):
     with pytest.raises(ValueError, match="is missing"):
         read_pickle(tmp_path / "x.bin")
+
+
+@pytest.fixture
+def readers():
+    """Each reader on its model, a folder of its own, and the names of its files. Before `torch_names`: it asks for torch."""
+    golden = pytest.importorskip("golden_models")
+    import peftjax as pj
+    import test_adapter
+    from peftjax.interop import adapterhub, hf_peft
+
+    _, params, roles, _, _ = golden.model("bert")
+    fn, hub_params, args = test_adapter.loaded("bert")
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        hub_roles = pj.roles(fn, hub_params, *args)
+    ours = lambda folder, **options: pj.extract(hf_peft.load(folder, params, roles, **options))
+    hub = lambda folder, **options: pj.extract(adapterhub.load(folder, hub_params, hub_roles, **options))
+    return (
+        (ours, golden.GOLDEN / "bert" / "ia3", "adapter_model.safetensors", "adapter_model.bin"),
+        (hub, test_adapter.GOLDEN / "bert" / "seq_bn", "adapter.safetensors", "pytorch_adapter.bin"),
+    )
+
+
+@pytest.mark.third_party
+def test_adapters_in_pickles_are_read_where_asked_for(readers, torch_names, tmp_path):
+    """The same values as from safetensors; without being asked, a refusal that says how to ask."""
+    for load, folder, name, pickled in readers:
+        copy = tmp_path / folder.name
+        shutil.copytree(folder, copy)
+        written(copy / pickled, collections.OrderedDict(load_file(copy / name)), torch_names)
+        (copy / name).unlink()
+        with pytest.raises(ValueError, match="`pickles=True` reads it"):
+            load(copy)
+        got, want = load(copy, pickles=True), load(folder)
+        assert set(got) == set(want) and got
+        for key, x in want.items():
+            np.testing.assert_array_equal(got[key], x)

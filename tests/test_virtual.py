@@ -490,6 +490,28 @@ def test_positions_go_on_and_short_tables_raise():
             pj.wrap_tokens(fn)(tuned, IDS, MASK, given)
 
 
+@pytest.mark.parametrize("begin", [0, 2])
+def test_virtual_positions_begin_where_the_real_ones_did(begin):
+    """At 0, or at 2 as RoBERTa's; and virtual tokens have the type 0. By sums over a row."""
+    rng = np.random.default_rng(0)
+    table, places, kinds = (rng.standard_normal((n, D)).astype(np.float32) for n in (10, 20, 2))
+    params, n = {"words": table, "places": places, "kinds": kinds}, 3
+    masks = np.array([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+    # One position for all padding, as decoders and RoBERTa have it.
+    positions = np.where(masks == 1, np.cumsum(masks, 1) - 1 + begin, 1)
+    types = np.array([[0, 0, 1, 1, 1], [0, 0, 0, 1, 1]])
+
+    def fn(params, input_ids, attention_mask, position_ids, token_type_ids):
+        x = params["words"][input_ids] + params["places"][position_ids] + params["kinds"][token_type_ids]
+        return jnp.cumsum(x * attention_mask[..., None].astype(x.dtype), 1)
+
+    tuned = pj.prompt(n, targets="words").init(KEY, params, pj.roles(fn, params, IDS, masks, positions, types))
+    got = pj.wrap_tokens(fn, side="first", types="token_type_ids")(tuned, IDS, masks, positions, types)
+    virtual = np.asarray(tuned["words"].prompt) + places[begin : begin + n] + kinds[:1]
+    real = table[IDS] + places[positions + n] + kinds[types]
+    close(got, virtual.sum(0) + np.cumsum(real * masks[..., None], 1), masks)
+
+
 @pytest.mark.parametrize("side, shift", [("first", False), ("last", True)])
 def test_positions_that_the_model_makes_itself_are_not_shifted_in_silence(side, shift):
     fn, params = placed(20)
