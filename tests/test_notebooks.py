@@ -61,3 +61,17 @@ def test_sharded(place, tmp_path):  # noqa: F811
     assert after in (2, 4)
     for method in ("lora", "full"):
         assert re.search(rf"{method} +[\d.]+ +0.0\d +0.\d\d ", found), method
+
+
+@pytest.mark.parametrize("method", ["adapter", pytest.param("lora", marks=pytest.mark.full)])
+def test_quickstart(method, place, tmp_path):  # noqa: F811
+    small = {"model": str(place / "model"), "rows": str(place / "mine.csv"), "length": 8, "batch": 16, "most": 128}
+    found = printed(executed("quickstart", tmp_path, **small, method=method, rate=3e-2, rates=(1e-3,), epochs=2))
+    assert re.search(r"on \d+ x cpu \(cpu\)", found)
+    assert "bert/encoder/layer/0/attention/self/query/kernel" in found
+    assert "the largest change of a logit: 0.0" in found and "merged: 0" in found
+    assert "the pretrained arrays are the same ones: True" in found and "the same logits: True" in found
+    assert re.search(r"rate 0\.03, epoch 2: loss [\d.]+, validation [\d.]+", found)
+    assert re.search(r"rate [\d.]+: test accuracy [\d.]+; always the same answer: [\d.]+", found)
+    merged = {"adapter": "no weight can say what these overlays do", "lora": "merged, the largest difference: "}
+    assert merged[method] in found and len(re.findall(r"scale [\d.]+: validation", found)) == 3
