@@ -46,7 +46,8 @@ def table(results: Sequence[Result]) -> Table:
     """Per strategy: what trains, and by the number of images the test accuracy, the gap and the seconds."""
     strategies, sizes = _axes(results)
     shown = Table(
-        title="Test accuracy (its deviation over seeds) | training minus validation | seconds", box=box.MARKDOWN
+        title="Test accuracy (its deviation over seeds) / training minus validation accuracy / seconds",
+        box=box.MARKDOWN,
     )
     shown.add_column("strategy")
     for name in ("trainable", *(f"{n:,} images" for n in sizes)):
