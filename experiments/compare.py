@@ -26,7 +26,8 @@ import peftjax as pj
 from experiments import assets, baselines, comparison, finetune, recipes
 from experiments.data import Dataset, Rows
 from experiments.ledger import Ledger
-from experiments.sweep import Setting, kept, listed, read_winners, subset
+from experiments.pages import check_numbers, listed
+from experiments.sweep import Setting, kept, read_winners, subset
 from experiments.tasks import TASKS
 from experiments.text_model import Page, TextModel
 
@@ -61,8 +62,9 @@ def runs(c: ml_collections.ConfigDict) -> list[Run]:
     """The runs of a page, seed by seed.
 
     Raises:
-      ValueError: a method or a baseline that is not known, or another number of passes than of rows.
+      ValueError: a method or a baseline that is not known, other words than numbers, or more passes than rows.
     """
+    check_numbers(c, "rows", "passes", "seeds")
     names = [*listed(c.baselines), *listed(c.methods)]
     if unknown := [name for name in names if name not in (*BASELINES, *recipes.NAMES)]:
         raise ValueError(f"method {unknown[0]!r}; expected one of {', '.join((*BASELINES, *recipes.NAMES))}")

@@ -10,7 +10,6 @@ Finished runs are rows of a file of results; a second call does what is missing,
 import dataclasses
 import functools
 import itertools
-import json
 import sys
 import time
 from pathlib import Path
@@ -27,8 +26,10 @@ from ml_collections import config_flags
 from rich.console import Console
 
 import peftjax as pj
-from experiments import assets, baselines, display, images, record, report, vision
+from experiments import assets, baselines, display, images, report, vision
 from experiments.images import Images, batches
+from experiments.ledger import Ledger
+from experiments.pages import check_numbers, listed
 from experiments.schedules import warm_then_linear
 from experiments.train import (
     Limits,
@@ -56,6 +57,7 @@ STRATEGIES: dict[str, Strategy] = {
     "gradual": lambda c: [*(pj.last_layers(n) for n in c.stages), pj.full()],
     "scratch": lambda c: [pj.full()],
 }
+VERSION = 1  # of the file of results
 PROBE = "probe"  # logistic regression on the frozen network's features
 
 
@@ -68,10 +70,10 @@ class Run:
     seed: int
 
     def settings(self, c: ml_collections.ConfigDict) -> dict[str, Any]:
-        """All that its result depends on, as JSON reads it again."""
+        """All that its result depends on."""
         kept = {name: value for name, value in c.to_dict().items() if name not in FREE}
         kept["rate"] = kept["rate"].get(self.strategy)
-        return json.loads(json.dumps({**kept, **dataclasses.asdict(self)}))
+        return {**kept, **dataclasses.asdict(self)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +97,7 @@ def run(c: ml_collections.ConfigDict, console: Console) -> list[dict[str, Any]]:
       console: where to print.
 
     Returns:
-      The rows of these runs in the file of results.
+      The results of these runs.
 
     Raises:
       ValueError: a strategy or network that is not known, or too few images.
@@ -113,17 +115,16 @@ def run(c: ml_collections.ConfigDict, console: Console) -> list[dict[str, Any]]:
             f"steps {c.steps} in {stages} stages: expected at least {c.checks} in each, one for each check"
         )
     path = Path(c.out) / f"images-{Path(c.data).stem}.jsonl"
-    done = record.read(path)
-    if missing := [one for one in wanted if found(done, one, c) is None]:
+    ledger = Ledger(path, VERSION)
+    if missing := [one for one in wanted if ledger.find(one.settings(c)) is None]:
         lab = Lab(c, data, console)
         for one in missing:
-            record.append(path, one.settings(c), lab.result(one))
-    done = record.read(path)
-    rows = [row for one in wanted if (row := found(done, one, c)) is not None]
-    console.print(report.table([row["results"] for row in rows]))
-    picture = report.plot([row["results"] for row in rows], path.with_suffix(".png"))
-    console.print(f"{len(rows)} runs are in {path}, and a plot of them in {picture}")
-    return rows
+            ledger.add(one.settings(c), lab.result(one))
+    results = [result for one in wanted if (result := ledger.find(one.settings(c))) is not None]
+    console.print(report.table(results))
+    picture = report.plot(results, path.with_suffix(".png"))
+    console.print(f"{len(results)} runs are in {path}, and a plot of them in {picture}")
+    return results
 
 
 def runs(c: ml_collections.ConfigDict) -> list[Run]:
@@ -132,16 +133,11 @@ def runs(c: ml_collections.ConfigDict) -> list[Run]:
     Raises:
       ValueError: a strategy that is not known.
     """
-    names = ",".join(c.strategies).split(",")  # a flag of several names is one string
+    check_numbers(c, "rows", "seeds")
+    names = listed(c.strategies)
     if unknown := [name for name in names if name not in (*STRATEGIES, PROBE)]:
         raise ValueError(f"strategy {unknown[0]!r}; expected one of {', '.join((PROBE, *STRATEGIES))}")
     return [Run(how, n, seed) for seed, n, how in itertools.product(c.seeds, c.rows, names)]
-
-
-def found(rows: Sequence[dict[str, Any]], one: Run, c: ml_collections.ConfigDict) -> dict[str, Any] | None:
-    """The row of a run in a file of results, if it was done with the same settings."""
-    settings = one.settings(c)
-    return next((row for row in rows if row["config"] == settings), None)
 
 
 class Lab:

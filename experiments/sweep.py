@@ -26,6 +26,7 @@ import peftjax as pj
 from experiments import assets, finetune, recipes
 from experiments.data import Rows
 from experiments.ledger import Ledger
+from experiments.pages import check_numbers, listed
 from experiments.tasks import TASKS
 from experiments.text_model import Page, TextModel
 
@@ -54,8 +55,9 @@ def settings(c: ml_collections.ConfigDict) -> list[Setting]:
     """What is tried, method by method.
 
     Raises:
-      ValueError: a method that is not known, or for which there is no learning rate.
+      ValueError: a method that is not known, or for which there is no learning rate, or seeds that are no numbers.
     """
+    check_numbers(c, "seeds")
     made: list[Setting] = []
     for method in listed(c.methods):
         if method not in recipes.NAMES or not c.rates.get(method):
@@ -66,11 +68,6 @@ def settings(c: ml_collections.ConfigDict) -> list[Setting]:
         order = np.random.default_rng(0).permutation(len(each))[: c.tries] if c.tries else range(len(each))
         made += [each[k] for k in sorted(order)]
     return made
-
-
-def listed(names: Any) -> list[str]:
-    """The names of a tuple of the page, or of a flag: "a,b"."""
-    return ",".join(names).split(",")
 
 
 def subset(rows: Rows, count: int, seed: int) -> Rows:

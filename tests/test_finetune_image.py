@@ -12,8 +12,18 @@ from PIL import Image
 from rich.console import Console
 from test_cnn import TINY
 
-from experiments import assets, catalogue, digits, finetune_image, images, record, report, vision
+from experiments import (
+    assets,
+    catalogue,
+    digits,
+    finetune_image,
+    images,
+    record,
+    report,
+    vision,
+)
 from experiments.configs import digits as page
+from experiments.ledger import Ledger
 
 pytestmark = pytest.mark.third_party
 
@@ -64,7 +74,7 @@ def finished(folder, tmp_path_factory):
 
 def test_a_call_does_every_run(finished):
     rows, printed, path = finished
-    results = {row["results"]["strategy"]: row["results"] for row in rows}
+    results = {row["strategy"]: row for row in rows}
     assert list(results) == ["probe", "gradual"]
     for how, result in results.items():
         assert set(result) == {
@@ -84,7 +94,7 @@ def test_a_second_call_goes_on(finished, folder, monkeypatch):
     whole = path.read_text()
     done = []
     monkeypatch.setattr(
-        finetune_image.Lab, "result", lambda self, one: done.append(one) or dict(rows[1]["results"], seed=one.seed)
+        finetune_image.Lab, "result", lambda self, one: done.append(one) or dict(rows[1], seed=one.seed)
     )
     again = finetune_image.run(configured(folder, path.parent), Console(file=io.StringIO()))
     assert again == rows and not done and path.read_text() == whole
@@ -93,7 +103,7 @@ def test_a_second_call_goes_on(finished, folder, monkeypatch):
     assert [one.strategy for one in done] == ["gradual"] and again[:1] == rows[:1]
     assert path.read_text().startswith(whole.splitlines()[0] + "\n")
     other = configured(folder, path.parent, steps=30)
-    assert finetune_image.found(record.read(path), finetune_image.runs(other)[0], other) is None
+    assert Ledger(path, finetune_image.VERSION).find(finetune_image.runs(other)[0].settings(other)) is None
 
 
 def test_rows_of_a_file_of_results(tmp_path):
@@ -111,6 +121,7 @@ def test_rows_of_a_file_of_results(tmp_path):
 def test_says_what_is_wrong_with_a_configuration(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(vision.NETS, "tiny", TINY)
     for changes, message in (
+        ({"rows": ("many",)}, r"rows \('many',\): expected whole numbers, as --config.rows=0,1"),
         ({"strategies": ("last", "frist")}, "strategy 'frist'; expected one of probe, last, few"),
         ({"rows": (400,)}, r"rows \(400,\): expected 2, the number of classes, to 42"),
         ({"steps": 3}, "steps 3 in 2 stages: expected at least 2 in each"),
