@@ -87,6 +87,21 @@ def test_a_call_does_every_run(finished):
     assert [json.loads(line)["config"]["strategy"] for line in path.read_text().splitlines()] == list(results)
 
 
+def test_gradual_unfreezing_traces_once_per_stage(folder, tmp_path, monkeypatch):
+    """Whatever the seed and the images; and a stage begins where the one before it ended."""
+    monkeypatch.setitem(vision.NETS, "tiny", TINY)
+    c = configured(folder, tmp_path, seeds=(0, 1), rows=(20, 40), steps=8)
+    lab, counts = finetune_image.Lab(c, images.load(c.data, c.size), Console(file=io.StringIO())), []
+    for one in finetune_image.runs(c):
+        if one.strategy == "gradual":
+            counts.append(lab.result(one)["trainable"])
+    assert list(lab._tools) == [("gradual", 0), ("gradual", 1)] and len(counts) == 4
+    for tools in lab._tools.values():
+        assert [run._cache_size() for run in tools.step._jitted.values()] == [1]
+    first, all_of_it = (tools.step for tools in lab._tools.values())
+    assert first is not all_of_it and set(counts) == {sum(x.size for x in jax.tree.leaves(lab.model.pretrained(0)[0]))}
+
+
 def test_a_second_call_goes_on(finished, folder, monkeypatch):
     """What is done is read; a row that was half written is taken out and done again; the rest stays as it was."""
     rows, _, path = finished
