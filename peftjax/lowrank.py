@@ -18,10 +18,10 @@ def replaced(axes: str, letter: str, label: str) -> tuple[Any, ...]:
     return tuple(kept)
 
 
-def checked(name: str, leaf: Leaf, rank: int) -> int:
-    """The rank that a method asks of a leaf, where the leaf is a linear map that can have it."""
+def checked(name: str, leaf: Leaf, rank: int, any_rank: bool = False) -> int:
+    """The rank that a method asks of a leaf, where the leaf is a linear map that can have it; with `any_rank`, or more."""
     limit = min(map(math.prod, linear(name, leaf)))
-    if not 1 <= rank <= limit:
+    if rank < 1 or (rank > limit and not any_rank):
         raise ValueError(f"{name}: rank {rank} at {leaf.path} {leaf.type.str_short()}; expected 1 to {limit}")
     return rank
 
@@ -166,6 +166,7 @@ INITS: dict[str, Callable[[Leaf, int, float], Started]] = {
     "olora": _olora,
     "orthogonal": _orthogonal,
 }
+FACTORED = ("pissa", "olora")  # factors of the weight itself, which has no more ranks than its smaller side
 
 
 def factorization(size: int, factor: int = -1) -> tuple[int, int]:

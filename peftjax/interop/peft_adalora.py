@@ -63,6 +63,7 @@ def method(options: Options, base: Base) -> list[Method]:
         orth_weight=options["orth_reg_weight"],
         dropout=options["lora_dropout"],
         targets=regex(base.leaves(kernels, "target_modules")),
+        any_rank=True,
     )
     return [made, *trained_whole(options, base, kernels), *peft_tokens.beside(options, base, kernels)]
 

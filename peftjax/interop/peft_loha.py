@@ -1,5 +1,6 @@
 """LoHa as Hugging Face peft saves it."""
 
+import functools
 from typing import Any, Iterator, Sequence
 
 from peftjax.interop import lycoris
@@ -21,7 +22,10 @@ def method(options: Options, base: Base) -> list[Method]:
                 f"use_effective_conv2d factors the window of {spot.module} by itself (hada_t1, hada_t2), which is not "
                 "in peftjax; linear layers and 1 x 1 convolutions are read either way"
             )
-    return [*lycoris.grouped(options, kernels, base, loha), *trained_whole(options, base, kernels)]
+    return [
+        *lycoris.grouped(options, kernels, base, functools.partial(loha, any_rank=True)),
+        *trained_whole(options, base, kernels),
+    ]
 
 
 def parts(x: LoHa, spot: Spot) -> Iterator[Part]:

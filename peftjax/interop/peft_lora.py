@@ -106,6 +106,7 @@ def _lora(options: Options, spots: Sequence[Spot], uses: Any, layers: Any) -> Me
         rank_pattern=by_path(spots, options["rank_pattern"], options["r"], "rank"),
         alpha_pattern=by_path(spots, options["alpha_pattern"], options["lora_alpha"], "alpha"),
         layers=layers,
+        any_rank=True,
     )
     if not options["use_dora"]:
         return lora(**settings, uses=uses, bias=options["lora_bias"])

@@ -111,6 +111,7 @@ def adalora(
     dropout: float = 0.0,
     targets: Targets = "all-linear",
     exclude: Targets = (),
+    any_rank: bool = False,
 ) -> Method:
     """Adds a product that is pruned as it trains: `y = x W + s ((x A) * e) B`, with `s = alpha / (rank + 1e-5)`.
 
@@ -139,6 +140,7 @@ def adalora(
       targets: the weights to tune; by default every linear kernel but embeddings and the output head. Layers that a scan
         stacks, and experts, are matrices of their own, each with its share of the ranks.
       exclude: weights to leave out; wins over `targets`.
+      any_rank: allows ranks above a weight's smaller side, which add nothing but are in files of other libraries.
 
     Returns:
       The method. A and B start normal of deviation 0.02, e at zero. The averages and the choice are frozen fields of the
@@ -174,7 +176,7 @@ def adalora(
     plan = Plan(target_rank, total_steps, tinit, tfinal, delta_t, beta1, beta2, owner)
 
     def make(leaf: Leaf) -> AdaLoRA:
-        r = checked("adalora", leaf, rank)
+        r = checked("adalora", leaf, rank, any_rank)
         check_alone("adalora", leaf, AdaLoRA)
         drawn = zip(jax.random.split(leaf.key), shapes(leaf, r))
         a, b = (0.02 * jax.random.normal(key, shape, jnp.float32) for key, shape in drawn)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from peftjax.factored import Factor, Term, chain, scaled
-from peftjax.lowrank import INITS, checked, layered, replaced
+from peftjax.lowrank import FACTORED, INITS, checked, layered, replaced
 from peftjax.method import Leaf, Method, check_known, method, per_leaf
 from peftjax.norms import changed_norm, norm
 from peftjax.overlay import Overlay, atoms, frozen, is_overlay, overlay, static, trained
@@ -95,6 +95,7 @@ def dora(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     layers: Sequence[int] | None = None,
+    any_rank: bool = False,
 ) -> Method:
     """Trains each weight's magnitude beside a low-rank turn of its direction: `W' = m V / |V|`, `V = W + s A B`.
 
@@ -114,6 +115,7 @@ def dora(
       rank_pattern: regex -> rank for some weights; the first match wins, and its scale uses its own rank.
       alpha_pattern: regex -> alpha, likewise.
       layers: for weights stacked by a scan, the layers that are tuned; the others keep their weights.
+      any_rank: allows ranks above a weight's smaller side, which add nothing but are in files of other libraries.
 
     Returns:
       The method. The magnitude `m`, float32, has the weight's output axes. Nothing changes at init, exactly; on top of
@@ -136,7 +138,7 @@ def dora(
     ranks, alphas = dict(rank_pattern or {}), dict(alpha_pattern or {})
 
     def make(leaf: Leaf) -> DoRA:
-        r = checked("dora", leaf, pattern_value(ranks, leaf.path, rank))
+        r = checked("dora", leaf, pattern_value(ranks, leaf.path, rank), any_rank and init not in FACTORED)
         top = pattern_value(alphas, leaf.path, r if alpha is None else alpha)
         ratio = top / math.sqrt(r) if rslora else top / r
         a, b, started = INITS[init](leaf, r, ratio)

@@ -50,7 +50,12 @@ class LoHa(Overlay):
 
 @method
 def loha(
-    rank: int = 8, alpha: float | None = None, *, targets: Targets = "all-linear", exclude: Targets = ()
+    rank: int = 8,
+    alpha: float | None = None,
+    *,
+    targets: Targets = "all-linear",
+    exclude: Targets = (),
+    any_rank: bool = False,
 ) -> Method:
     """Adds the elementwise product of two low-rank updates: `W + s (w1a w1b) o (w2a w2b)`, with `s = alpha / rank`.
 
@@ -61,6 +66,7 @@ def loha(
       targets: the weights to tune; by default every linear kernel but embeddings and the output head. The taps of a
         convolution's window count as inputs.
       exclude: weights to leave out; wins over `targets`.
+      any_rank: allows ranks above a weight's smaller side, which add nothing but are in files of other libraries.
 
     Returns:
       The method. w1a and w2a start uniform in +-1/sqrt(r), w1b in +-1/sqrt(in), and w2b at zero.
@@ -79,7 +85,7 @@ def loha(
     """
 
     def make(leaf: Leaf) -> LoHa:
-        r = checked("loha", leaf, rank)
+        r = checked("loha", leaf, rank, any_rank)
         shape = lambda letter: [
             r if a == "rank" else leaf.type.shape[a[0]] for a in replaced(leaf.axes, letter, "rank")
         ]

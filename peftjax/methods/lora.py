@@ -8,7 +8,7 @@ from typing import Any, Mapping, Sequence
 import jax.numpy as jnp
 
 from peftjax.factored import Factor, Term
-from peftjax.lowrank import INITS, checked, layered, limited, replaced
+from peftjax.lowrank import FACTORED, INITS, checked, layered, limited, replaced
 from peftjax.method import Leaf, Method, check_known, chosen_leaves, laid, method, per_leaf
 from peftjax.overlay import Overlay, atoms, frozen, overlay, static, trained
 from peftjax.roles import Roles
@@ -96,6 +96,7 @@ def lora(
     uses: Sequence[str] | None = None,
     train_a: bool = True,
     bias: bool = False,
+    any_rank: bool = False,
 ) -> Method:
     """Adds a trainable low-rank product to each chosen weight: `y = x W + s (x A) B`, with `s = alpha / rank`.
 
@@ -118,6 +119,7 @@ def lora(
       train_a: False trains B alone (LoRA-FA).
       bias: whether B has a bias c, zero at first: `y = x W + b + s (x A B + c)`. It lies on the layer's own bias b, and
         needs roles, which find it. It can hold the change of b where A and B were taken from two trained models.
+      any_rank: allows ranks above a weight's smaller side, which add nothing but are in files of other libraries.
 
     Returns:
       The method. Without roles it takes kernels of two axes only, (in, out).
@@ -145,7 +147,7 @@ def lora(
     def scale_of(leaf: Leaf) -> tuple[int, float]:
         r = pattern_value(ranks, leaf.path, rank)
         top = pattern_value(alphas, leaf.path, r if alpha is None else alpha)
-        return checked("lora", leaf, r), top / math.sqrt(r) if rslora else top / r
+        return checked("lora", leaf, r, any_rank and init not in FACTORED), top / math.sqrt(r) if rslora else top / r
 
     def make(leaf: Leaf) -> LoRA:
         r, scale = scale_of(leaf)
