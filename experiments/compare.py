@@ -46,7 +46,13 @@ FREE = (
     "profile",
 )
 BASELINES = {"words": baselines.words, "probe": baselines.probe}
-QUICK = {"methods": ("lora", "adapter", "prompt", "full", "scratch"), "rows": (250,), "passes": (4,), "seeds": (0,)}
+QUICK = {
+    "methods": ("lora", "adapter", "prompt", "full", "scratch"),
+    "rows": (250,),
+    "passes": (4,),
+    "seeds": (0,),
+    "winners": "",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +108,7 @@ def page(c: ml_collections.ConfigDict, one: Run) -> ml_collections.ConfigDict:
     """The page of one run, with the learning rate and the size that won."""
     if one.method in BASELINES:
         return c
-    best = read_winners(Path(c.winners)).get(one.method)
+    best = read_winners(Path(c.winners)).get(one.method) if c.winners else {"rate": c.rate[one.method], "size": None}
     if best is None:
         raise ValueError(f"{c.winners} has no winner of {one.method!r}; expected one: run experiments/sweep.py for it")
     made = Setting(one.method, best["rate"], best["size"]).laid(c, one.seed)

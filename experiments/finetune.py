@@ -73,8 +73,9 @@ def run(c: ml_collections.ConfigDict, console: Console) -> list[Result]:
     seconds = time.perf_counter() - begin
 
     test = rows.test.open()
-    run = task.result(f"this run ({c.method})", fitted.answers(test), test, pj.count(fitted.tuned).trainable, seconds)
-    results = [*task.baselines(rows, test, features(c, model)), run]
+    trains = pj.count(fitted.tuned).trainable
+    mine = task.result(f"this run ({c.method})", fitted.answers(test), test, trains, seconds)
+    results = [*task.baselines(rows, test, features(c, model)), mine]
     if not processes.is_first():
         return results
     folder = folder_of_run(c)

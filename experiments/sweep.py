@@ -159,7 +159,9 @@ def read_winners(path: Path) -> dict[str, Any]:
       ValueError: no such file, or one of another version.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: expected a file of winners, as experiments/sweep.py writes it")
+        raise ValueError(
+            f"{path}: expected a file of winners, as experiments/sweep.py writes it; --config.winners= does without"
+        )
     try:
         saved = json.loads(path.read_text())
     except ValueError as error:

@@ -107,6 +107,14 @@ def test_a_comparison_is_not_done_twice(compared):
     assert again == results and " of " not in said.split("runs are in")[0].split("\n")[0]
 
 
+def test_without_winners_the_page_says_the_rate():
+    c = comparing.get_config()
+    c.update(compare.QUICK)
+    made = {one.method: compare.page(c, one) for one in compare.runs(c)}
+    assert list(made) == ["words", "probe", "lora", "adapter", "prompt", "full", "scratch"]
+    assert (made["lora"].rate.lora, made["lora"].lora.rank, made["lora"].epochs) == (c.rate.lora, c.lora.rank, 4)
+
+
 def test_the_paired_difference():
     packed = lambda bits: np.packbits(np.array(bits, bool)).tobytes().hex()
     made = lambda seed, bits: {"seed": seed, "correct": packed(bits), "tested": 4}
