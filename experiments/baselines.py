@@ -19,7 +19,7 @@ Features = Callable[[Rows], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Baseline:
-    """What a simple model says of the test rows.
+    """What a model says of the test rows.
 
     Attributes:
       name: of the model.

@@ -61,8 +61,7 @@ def batches(
     """
     if size % share[1]:
         raise ValueError(f"a batch of {size} examples: expected a multiple of {share[1]}, the number of processes")
-    length = ids.lengths if isinstance(ids, Ids) else np.array([len(x) for x in ids])
-    plan = _plan(length, size, widths, None if seed is None else np.random.default_rng(seed))
+    plan = _plan(lengths_of(ids), size, widths, None if seed is None else np.random.default_rng(seed))
     part = slice(size * share[0] // share[1], size * (share[0] + 1) // share[1])
     return grain.MapDataset.source(plan).map(lambda chosen: _batch(ids, columns, size, *chosen, part))
 
@@ -91,11 +90,20 @@ def _batch(
     index, weight = (x[part] for x in filled(chosen, size))
     own = [ids[k] for k in index]
     mask = padded([np.ones(len(x), np.int32) for x in own], width, 0)
-    others = {
-        name: padded([x.rows[k] for k in index], width, x.fill) if isinstance(x, PerToken) else x[index]
-        for name, x in columns.items()
-    }
+    others = {name: taken(x, index, width) for name, x in columns.items()}
     return {"ids": padded(own, width, 0), "mask": mask, "weight": weight, "index": index, **others}
+
+
+def lengths_of(ids: Sequence[Sequence[int]]) -> np.ndarray:
+    """How many tokens each example has, (N,)."""
+    return ids.lengths if isinstance(ids, Ids) else np.array([len(x) for x in ids])
+
+
+def taken(column: np.ndarray | PerToken, index: np.ndarray, width: int) -> np.ndarray:
+    """The entries of a column that belong to some examples, (len(index), ...) or (len(index), width)."""
+    if isinstance(column, PerToken):
+        return padded([column.rows[k] for k in index], width, column.fill)
+    return column[index]
 
 
 def padded(rows: Sequence[Sequence[int]], width: int, fill: int) -> np.ndarray:

@@ -170,10 +170,13 @@ class Lab:
             "trainable": pj.count(fitted.tuned).trainable,
         }
 
+    @functools.cached_property
+    def _features(self) -> baselines.Features:
+        return finetune.features(self.c, self.model)
+
     def _baseline(self, one: Run, training: Rows) -> dict[str, Any]:
         data = Dataset(training, self.data.validation, self.data.test, self.data.names)
-        features = finetune.features(self.c, self.model)
-        found = BASELINES[one.method](data, self.test, features)
+        found = BASELINES[one.method](data, self.test, self._features)
         return {"answers": found.answers, "seconds": found.seconds, "trainable": found.trainable}
 
 

@@ -12,9 +12,8 @@ from matplotlib.ticker import NullFormatter
 from rich import box
 from rich.table import Table
 
-from experiments.report import COLOURS, MARKS, named
+from experiments.report import COLOURS, MARKS, Result, axes_of, groups, mean, named
 
-Result = dict[str, Any]
 NAMES = {
     "words": "TF-IDF + logistic regression",
     "probe": "frozen linear probe",
@@ -39,20 +38,6 @@ TITLES = {
 def name(method: str) -> str:
     """What a method is called in tables and plots."""
     return NAMES.get(method, method)
-
-
-def groups(results: Sequence[Result]) -> dict[tuple[str, int], list[Result]]:
-    """The results of each method on each number of rows, over seeds."""
-    made: dict[tuple[str, int], list[Result]] = {}
-    for one in results:
-        made.setdefault((one["method"], one["rows"]), []).append(one)
-    return made
-
-
-def mean(results: Sequence[Result], value: str) -> tuple[float, float]:
-    """The mean of a number over seeds, and its standard deviation."""
-    values = [one[value] for one in results]
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def correct(one: Result) -> np.ndarray:
@@ -81,7 +66,7 @@ def difference(mine: Sequence[Result], theirs: Sequence[Result]) -> tuple[float,
 
 def table(results: Sequence[Result]) -> Table:
     """Per method: what trains, the seconds, the accuracy by the number of rows, and how far it is from full fine-tuning."""
-    by, (methods, sizes) = groups(results), _axes(results)
+    by, (methods, sizes) = groups(results, "method"), axes_of(results, "method")
     shown = Table(title="Test accuracy, mean and deviation over seeds", box=box.MARKDOWN)
     shown.add_column("method")
     for column in ("trainable", *(f"{n:,} rows" for n in sizes), f"minus full ({sizes[-1]:,} rows)", "seconds"):
@@ -109,10 +94,6 @@ def _seconds(results: Sequence[Result]) -> str:
     return f"{mean(results, 'seconds')[0]:.0f}" if results else "-"
 
 
-def _axes(results: Sequence[Result]) -> tuple[list[str], list[int]]:
-    return list(dict.fromkeys(one["method"] for one in results)), sorted({one["rows"] for one in results})
-
-
 def write(results: Sequence[Result], folder: Path) -> list[Path]:
     """Writes the plots, and a page with the table and all of them that needs no other file; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -136,7 +117,7 @@ def _style(k: int) -> dict[str, Any]:
 
 
 def _scatter(results: Sequence[Result], value: str, label: str) -> Figure:
-    by, (methods, sizes) = groups(results), _axes(results)
+    by, (methods, sizes) = groups(results, "method"), axes_of(results, "method")
     figure = Figure(figsize=(8, 5), layout="constrained")
     axis = figure.subplots()
     for k, method in enumerate(methods):
@@ -151,7 +132,7 @@ def _scatter(results: Sequence[Result], value: str, label: str) -> Figure:
 
 
 def _by_rows(results: Sequence[Result]) -> Figure:
-    by, (methods, sizes) = groups(results), _axes(results)
+    by, (methods, sizes) = groups(results, "method"), axes_of(results, "method")
     figure = Figure(figsize=(8, 5), layout="constrained")
     axis = figure.subplots()
     for k, method in enumerate(methods):
@@ -166,7 +147,7 @@ def _by_rows(results: Sequence[Result]) -> Figure:
 
 
 def _curves(results: Sequence[Result]) -> Figure:
-    by, (methods, sizes) = groups(results), _axes(results)
+    by, (methods, sizes) = groups(results, "method"), axes_of(results, "method")
     figure = Figure(figsize=(11, 4 * len(sizes)), layout="constrained")
     panels = figure.subplots(len(sizes), 2, squeeze=False)
     for n, (losses, scores) in zip(sizes, panels):

@@ -31,6 +31,7 @@ from rich.console import Console
 
 import peftjax as pj
 from experiments import assets, display, logs, processes, recipes, record
+from experiments.baselines import Baseline
 from experiments.batches import batches
 from experiments.data import Rows
 from experiments.interruption import Interrupted
@@ -74,8 +75,8 @@ def run(c: ml_collections.ConfigDict, console: Console) -> list[Result]:
 
     test = rows.test.open()
     trains = pj.count(fitted.tuned).trainable
-    mine = task.result(f"this run ({c.method})", fitted.answers(test), test, trains, seconds)
-    results = [*task.baselines(rows, test, features(c, model)), mine]
+    mine = Baseline(f"this run ({c.method})", fitted.answers(test), trains, seconds)
+    results = [task.result(one, test) for one in (*task.baselines(rows, test, features(c, model)), mine)]
     if not processes.is_first():
         return results
     folder = folder_of_run(c)
@@ -161,10 +162,12 @@ def fit(
     def outputs(tuned: Any, encoded: Encoded) -> np.ndarray:
         return run(tuned, plan(encoded.ids, encoded.inputs, share=step.share), len(encoded.ids))
 
+    everything = chosen_on.everything(longest)
+
     def validate(state: pj.TrainState) -> Score:
         out = outputs(state.tuned, chosen_on)
         value = task.scores(task.answers(out, chosen_on), validation)[task.metric]
-        loss, aux = task.loss(jax.numpy.asarray(out), chosen_on.everything(longest))
+        loss, aux = task.loss(jax.numpy.asarray(out), everything)
         return Score(value, float(loss / aux["weight"]))
 
     with _shown(c, console, task.metric) as shown, _runs(c, method, roles) as runs:

@@ -24,11 +24,11 @@ NAMES = {
 Result = dict[str, Any]
 
 
-def groups(results: Sequence[Result]) -> dict[tuple[str, int], list[Result]]:
-    """The results of each strategy on each number of images, over seeds."""
+def groups(results: Sequence[Result], what: str = "strategy") -> dict[tuple[str, int], list[Result]]:
+    """The results of each strategy, or of what else differs, on each number of rows, over seeds."""
     made: dict[tuple[str, int], list[Result]] = {}
     for one in results:
-        made.setdefault((one["strategy"], one["rows"]), []).append(one)
+        made.setdefault((one[what], one["rows"]), []).append(one)
     return made
 
 
@@ -38,13 +38,14 @@ def mean(results: Sequence[Result], name: str) -> tuple[float, float]:
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
-def _axes(results: Sequence[Result]) -> tuple[list[str], list[int]]:
-    return list(dict.fromkeys(one["strategy"] for one in results)), sorted({one["rows"] for one in results})
+def axes_of(results: Sequence[Result], what: str = "strategy") -> tuple[list[str], list[int]]:
+    """The strategies, or what else differs, in the order of the results, and the numbers of rows."""
+    return list(dict.fromkeys(one[what] for one in results)), sorted({one["rows"] for one in results})
 
 
 def table(results: Sequence[Result]) -> Table:
     """Per strategy: what trains, and by the number of images the test accuracy, the gap and the seconds."""
-    strategies, sizes = _axes(results)
+    strategies, sizes = axes_of(results)
     shown = Table(
         title="Test accuracy (its deviation over seeds) / training minus validation accuracy / seconds",
         box=box.MARKDOWN,
@@ -67,7 +68,7 @@ def _cell(results: Sequence[Result]) -> str:
 
 def plot(results: Sequence[Result], path: Path) -> Path:
     """Draws accuracy, gap and seconds by the number of images, and accuracy by what trains; returns the file."""
-    strategies, sizes = _axes(results)
+    strategies, sizes = axes_of(results)
     by, figure = groups(results), Figure(figsize=(11, 8), layout="constrained")
     axes = figure.subplots(2, 2)
     for k, how in enumerate(strategies):

@@ -16,8 +16,8 @@ from peftjax.options import check_options, plain
 from peftjax.overlay import is_overlay, layers, type_of
 from peftjax.paths import flatten, path_of
 from peftjax.roles import Role, Roles
-from peftjax.targets import Targets, check_patterns, choose
 from peftjax.switches import still
+from peftjax.targets import Targets, check_patterns, choose
 from peftjax.tree import resolve
 
 P = ParamSpec("P")

@@ -1,7 +1,7 @@
 """Which class a text is of."""
 
 import dataclasses
-from typing import Any, Callable, ClassVar, Mapping, Self
+from typing import Any, ClassVar, Mapping, Self
 
 import jax
 import ml_collections
@@ -9,7 +9,7 @@ import numpy as np
 from sklearn.metrics import f1_score, matthews_corrcoef
 
 from experiments import baselines, data
-from experiments.tasks.task import Encoded, Result, Task
+from experiments.tasks.task import Encoded, Task
 from experiments.train import cross_entropy
 
 
@@ -61,13 +61,10 @@ class Classify(Task):
         return float(np.sqrt(share * (1 - share) / len(rows)))
 
     def baselines(
-        self, data: data.Dataset[data.Rows], test: data.Rows, features: Callable[[data.Rows], np.ndarray]
-    ) -> list[Result]:
+        self, data: data.Dataset[data.Rows], test: data.Rows, features: baselines.Features
+    ) -> list[baselines.Baseline]:
         """The most frequent class, words counted, and the frozen model's features."""
-        return [
-            self.result(f.name, f.answers, test, f.trainable, f.seconds)
-            for f in baselines.classes(data, test, features)
-        ]
+        return baselines.classes(data, test, features)
 
     def said(self, answer: Any, outputs: np.ndarray) -> str:
         """The class and its probability."""

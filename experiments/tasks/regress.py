@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any, Callable, ClassVar, Iterable, Mapping, Self, Sequence
+from typing import Any, ClassVar, Iterable, Mapping, Self, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import numpy as np
 from scipy.stats import pearsonr, spearmanr
 
 from experiments import baselines, catalogue, data, files
-from experiments.tasks.task import Encoded, Result, Task
+from experiments.tasks.task import Encoded, Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,13 +70,10 @@ class Regress(Task):
         }
 
     def baselines(
-        self, data: data.Dataset[data.Rows], test: data.Rows, features: Callable[[data.Rows], np.ndarray]
-    ) -> list[Result]:
+        self, data: data.Dataset[data.Rows], test: data.Rows, features: baselines.Features
+    ) -> list[baselines.Baseline]:
         """The mean, words counted, and the frozen model's features."""
-        return [
-            self.result(f.name, f.answers, test, f.trainable, f.seconds)
-            for f in baselines.numbers(data, test, features)
-        ]
+        return baselines.numbers(data, test, features)
 
     def said(self, answer: Any, outputs: np.ndarray) -> str:
         """The number."""

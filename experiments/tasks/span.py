@@ -5,7 +5,7 @@ import dataclasses
 import re
 import string
 from pathlib import Path
-from typing import Any, Callable, ClassVar, Mapping, Self, Sequence
+from typing import Any, ClassVar, Mapping, Self, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,9 @@ import numpy as np
 import optax
 
 from experiments import data, files
+from experiments.baselines import Baseline, Features
 from experiments.batches import PerToken
-from experiments.tasks.task import Encoded, Result, Task, objects
+from experiments.tasks.task import Encoded, Task, objects
 from experiments.tokens import Tokens, Window
 
 LONGEST = 30  # tokens of an answer
@@ -114,11 +115,9 @@ class Span(Task):
             "exact match": float(np.mean([best(_is_same, *pair) for pair in both])),
         }
 
-    def baselines(
-        self, data: data.Dataset[data.Rows], test: data.Rows, features: Callable[[data.Rows], np.ndarray]
-    ) -> list[Result]:
+    def baselines(self, data: data.Dataset[data.Rows], test: data.Rows, features: Features) -> list[Baseline]:
         """The whole context."""
-        return [self.result("the whole context", objects([context for _, context in test.texts]), test, 0, 0.0)]
+        return [Baseline("the whole context", objects([context for _, context in test.texts]), 0, 0.0)]
 
 
 def _answers(where: str, answer: Any, context: str) -> tuple[Answer, ...]:

@@ -5,7 +5,7 @@ import dataclasses
 import re
 import time
 from pathlib import Path
-from typing import Any, Callable, ClassVar, Mapping, Self, Sequence
+from typing import Any, ClassVar, Mapping, Self, Sequence
 
 import jax
 import ml_collections
@@ -15,8 +15,9 @@ from seqeval.metrics import f1_score as entity_f1
 from sklearn.metrics import f1_score
 
 from experiments import data, files
+from experiments.baselines import Baseline, Features
 from experiments.batches import IGNORED, PerToken
-from experiments.tasks.task import Encoded, Result, Task, objects
+from experiments.tasks.task import Encoded, Task, objects
 from experiments.tokens import Tokens
 
 OUTSIDE = "O"
@@ -99,9 +100,7 @@ class Tag(Task):
             f1 = f1_score(given, said, average="macro", zero_division=0.0)
         return {"F1": float(f1), "accuracy": float(np.mean([x == y for x, y in zip(given, said)]))}
 
-    def baselines(
-        self, data: data.Dataset[data.Rows], test: data.Rows, features: Callable[[data.Rows], np.ndarray]
-    ) -> list[Result]:
+    def baselines(self, data: data.Dataset[data.Rows], test: data.Rows, features: Features) -> list[Baseline]:
         """The most frequent tag of each word."""
         start = time.perf_counter()
         seen: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
@@ -111,7 +110,7 @@ class Tag(Task):
         every = sum(seen.values(), collections.Counter()).most_common(1)[0][0]
         best = {word: tags.most_common(1)[0][0] for word, tags in seen.items()}
         answers = objects([[best.get(word, every) for word in words] for words in test.texts])
-        return [self.result("each word's usual tag", answers, test, len(best), time.perf_counter() - start)]
+        return [Baseline("each word's usual tag", answers, len(best), time.perf_counter() - start)]
 
     def said(self, answer: Any, outputs: np.ndarray) -> str:
         """The tags."""

@@ -1,13 +1,14 @@
 """What every task has."""
 
 import dataclasses
-from typing import Any, Callable, ClassVar, Mapping, Self, Sequence
+from typing import Any, ClassVar, Mapping, Self, Sequence
 
 import jax
 import ml_collections
 import numpy as np
 
-from experiments.batches import Batch, PerToken, padded
+from experiments.baselines import Baseline, Features
+from experiments.batches import Batch, PerToken, lengths_of, taken
 from experiments.data import Dataset, Rows
 from experiments.tokens import Tokens
 
@@ -37,11 +38,8 @@ class Encoded:
 
     def everything(self, width: int) -> Batch:
         """All that a loss reads, of all examples at once."""
-        lengths = getattr(self.ids, "lengths", None)
-        lengths = np.array([len(x) for x in self.ids]) if lengths is None else lengths
-        columns = {
-            name: padded(x.rows, width, x.fill) if isinstance(x, PerToken) else x for name, x in self.columns.items()
-        }
+        lengths = lengths_of(self.ids)
+        columns = {name: taken(x, np.arange(len(lengths)), width) for name, x in self.columns.items()}
         mask = (np.arange(width) < lengths[:, None]).astype(np.int32)
         return {"mask": mask, "weight": np.ones(len(lengths), np.float32), **columns}
 
@@ -125,7 +123,7 @@ class Task:
         """How good answers are; `metric` comes first."""
         raise NotImplementedError
 
-    def baselines(self, data: Dataset[Rows], test: Rows, features: Callable[[Rows], np.ndarray]) -> list[Result]:
+    def baselines(self, data: Dataset[Rows], test: Rows, features: Features) -> list[Baseline]:
         """What a run has to beat; `features` are those of the frozen model, (N, D)."""
         raise NotImplementedError
 
@@ -140,9 +138,10 @@ class Task:
         values = [self.scores(answers[at], rows[at])[self.metric] for at in kept if len(at)]
         return float(np.sqrt((len(values) - 1) * np.var(values)))
 
-    def result(self, name: str, answers: np.ndarray, rows: Rows, trainable: int, seconds: float) -> Result:
-        """A line of the table."""
-        return Result(name, self.scores(answers, rows), self.error(answers, rows), trainable, seconds)
+    def result(self, said: Baseline, rows: Rows) -> Result:
+        """A line of the table, of what a model says of the rows."""
+        scores, error = self.scores(said.answers, rows), self.error(said.answers, rows)
+        return Result(said.name, scores, error, said.trainable, said.seconds)
 
 
 def objects(rows: Sequence[Any]) -> np.ndarray:

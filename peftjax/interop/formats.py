@@ -7,6 +7,7 @@ from typing import Any, Callable, Iterable, Mapping, Sequence
 import jax.numpy as jnp
 import numpy as np
 
+from peftjax.copies import Full
 from peftjax.factored import Factor, chain
 from peftjax.interop.base import Base, regex
 from peftjax.interop.config import Option
@@ -15,7 +16,6 @@ from peftjax.interop.match import targets_of
 from peftjax.interop.names import Spot
 from peftjax.interop.slots import Part, Parts, Slot
 from peftjax.method import Method
-from peftjax.copies import Full
 from peftjax.methods.unfreeze import unfreeze
 from peftjax.overlay import Overlay, layers
 from peftjax.paths import flatten

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from peftjax import method as methods
+from peftjax.copies import Full
 from peftjax.flat import near, not_finite
 from peftjax.folders import replacing
 from peftjax.interop import (
@@ -40,7 +41,6 @@ from peftjax.interop.slots import Slot, fill, read_slots, slots
 from peftjax.interop.tensors import read_folder, write_tensors
 from peftjax.interop.turning import Rope
 from peftjax.method import Method
-from peftjax.copies import Full
 from peftjax.overlay import layers
 from peftjax.paths import flatten
 from peftjax.roles import Roles

@@ -2,12 +2,12 @@
 
 from typing import Any, Sequence
 
+from peftjax.copies import Full
 from peftjax.interop import config
 from peftjax.interop.base import Base, regex
 from peftjax.interop.formats import Format, Options, Tuned, full_parts, trained_whole
 from peftjax.interop.match import targets_of
 from peftjax.method import Method
-from peftjax.copies import Full
 from peftjax.methods.unfreeze import unfreeze
 
 INSIDE = "ln_tuning_layers"

@@ -13,7 +13,6 @@ from peftjax.paths import flatten
 from peftjax.roles import Role, Roles
 from peftjax.targets import Targets
 
-
 Lies = tuple[tuple[int, ...], ...]
 
 
