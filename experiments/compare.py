@@ -71,6 +71,8 @@ def runs(c: ml_collections.ConfigDict) -> list[Run]:
       ValueError: a method or a baseline that is not known, other words than numbers, or more passes than rows.
     """
     check_numbers(c, "rows", "passes", "seeds")
+    if c.task != "classify":
+        raise ValueError(f"task {c.task!r}: methods are compared on 'classify'")
     names = [*listed(c.baselines), *listed(c.methods)]
     if unknown := [name for name in names if name not in (*BASELINES, *recipes.NAMES)]:
         raise ValueError(f"method {unknown[0]!r}; expected one of {', '.join((*BASELINES, *recipes.NAMES))}")

@@ -121,10 +121,10 @@ def run(c: ml_collections.ConfigDict, console: Console) -> dict[str, Any]:
             found = {"value": 0.0, "failed": str(error)}
         ledger.add(kept(page, one.method, FREE), found)
     values = {one: [ledger.find(kept(one.laid(c, s), one.method, FREE))["value"] for s in c.seeds] for one in tried}
-    best = winners(values)
+    best = {method: {**x, "rows": c.rows} for method, x in winners(values).items()}
     path = Path(c.out) / "winners.json"
     merged = {**read_winners(path), **best} if path.is_file() else best
-    path.write_text(json.dumps({"version": VERSION, "rows": c.rows, "methods": merged}, indent=1) + "\n")
+    path.write_text(json.dumps({"version": VERSION, "methods": merged}, indent=1) + "\n")
     console.print(table(best))
     console.print(f"the winners are in {path}")
     return best

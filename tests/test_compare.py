@@ -131,6 +131,7 @@ def test_says_what_is_wrong(compared, tmp_path):
     wrong = lambda **changes: tiny(comparing.get_config(), sweep.Path(c.out).parent, winners=c.winners, **changes)
     for changes, words in (
         ({"methods": ("lorra",)}, "method 'lorra'; expected one of words, probe, lora"),
+        ({"task": "regress"}, "task 'regress': methods are compared on 'classify'"),
         ({"passes": (1,)}, r"passes \(1,\): expected as many as rows \(250, 1000, 3000\)"),
         ({"methods": ("dora",)}, "has no winner of 'dora'; expected one: run experiments/sweep.py for it"),
     ):
