@@ -25,15 +25,19 @@ def adapters(model):
     return sorted(p.name for p in (GOLDEN / model).iterdir() if p.is_dir() and p.name != "base")
 
 
+LAST = {"kernel": "weight", "embedding": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+
+
 def flax_tree(tensors, tree):
-    """Torch's tensors as the parameters of an unmodified Flax model."""
+    """Torch's tensors as the parameters, or the variables, of an unmodified Flax model."""
     made = {}
     for path in flatten_dict(tree):
         if path[0] == "lm_head" and "lm_head.weight" not in tensors:
             continue  # it is the table
-        last = {"kernel": "weight", "embedding": "weight", "scale": "weight"}.get(path[-1], path[-1])
-        tensor = tensors[".".join((*path[:-1], last))]
-        made[path] = jnp.asarray(tensor.T if path[-1] == "kernel" else tensor)
+        modules = [name.removeprefix("layer_") for name in path[:-1] if name not in ("params", "batch_stats")]
+        tensor = tensors[".".join((*modules, LAST.get(path[-1], path[-1])))]
+        turned = (2, 3, 1, 0) if tensor.ndim == 4 else (1, 0)
+        made[path] = jnp.asarray(tensor.transpose(turned) if path[-1] == "kernel" else tensor)
     return unflatten_dict(made)
 
 
@@ -45,6 +49,7 @@ KINDS = {
     "gpt2": ("GPT2Config", "FlaxGPT2LMHeadModel"),
     "t5": ("T5Config", "FlaxT5ForConditionalGeneration"),
     "bart": ("BartConfig", "FlaxBartForConditionalGeneration"),
+    "resnet": ("ResNetConfig", "FlaxResNetForImageClassification"),
 }
 SEQ2SEQ = ("t5", "bart")
 KEY_HEADS = {"bert": 4, "llama": 2, "gpt2": 4}
@@ -77,9 +82,15 @@ def built(name):
 
 @functools.lru_cache
 def model(name):
-    """Such a model as a function of parameters, ids and mask; its parameters, roles, ids, and the masks."""
+    """Such a model as a function of parameters, ids and mask; its parameters, roles, ids, and the masks.
+
+    One of images has these in the place of ids, and a mask that it does not look at.
+    """
     made, params = built(name)
     given = np.load(GOLDEN / name / "base" / "ref.npz")
+    if "pixel_values" in given:
+        fn, pixels = lambda params, pixels, mask: of_images(made, params, pixels), jnp.asarray(given["pixel_values"])
+        return fn, params, pj.roles(fn, params, pixels, None), pixels, {"full": None}
     ids, masks = jnp.asarray(given["input_ids"]), {k: jnp.asarray(given[f"mask_{k}"]) for k in MASKS}
 
     def fn(params, ids, mask, positions=None):
@@ -99,6 +110,12 @@ def model(name):
     return fn, params, pj.roles(fn, params, ids, masks["full"]), ids, masks
 
 
+def of_images(made, params, pixels):
+    """The logits of a Flax model of images."""
+    with usual():
+        return made(pixels, params=params).logits
+
+
 def repaged(name, adapter, folder, **changes):
     """A copy of an adapter, in a folder, whose page says otherwise; `...` takes a key out."""
     shutil.copytree(GOLDEN / name / adapter, folder)
@@ -106,9 +123,10 @@ def repaged(name, adapter, folder, **changes):
     (folder / "adapter_config.json").write_text(json.dumps({k: v for k, v in page.items() if v is not ...}))
 
 
-def rotary(name, adapter):
-    """What a reader and a writer have to know of rotary positions."""
-    return {"rope": 10000.0} if (name, adapter) == ("llama", "prefix") else {}
+def known(name, adapter):
+    """What a reader and a writer have to know: of rotary positions, and of names that Flax changed."""
+    rotary = {"rope": 10000.0} if (name, adapter) == ("llama", "prefix") else {}
+    return rotary | ({"names": {r"(.*)/layer_(\d+/.*)": r"\1/\2", "(.*)": r"\1"}} if name == "resnet" else {})
 
 
 def wrapped(name, adapter):

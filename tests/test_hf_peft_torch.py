@@ -30,7 +30,7 @@ def torch_model(name):
 def test_peft_loads_what_is_written(model, adapter, tmp_path):
     _, _, roles, ids, masks = golden.model(model)
     task = json.loads((golden.GOLDEN / model / adapter / CONFIG).read_text())["task_type"]
-    known = dict(heads=golden.KEY_HEADS.get(model), **golden.rotary(model, adapter))
+    known = dict(heads=golden.KEY_HEADS.get(model), **golden.known(model, adapter))
     hf_peft.save(tmp_path / "a", loaded(model, adapter), roles, task_type=task, **known)
     base = torch_model(model)
     with warnings.catch_warnings():
@@ -41,13 +41,12 @@ def test_peft_loads_what_is_written(model, adapter, tmp_path):
         warnings.filterwarnings("ignore", message="The following rank_pattern keys .*lora_E")
         tuned = peft.PeftModel.from_pretrained(base, os.fspath(tmp_path / "a")).eval()
     given = np.load(golden.GOLDEN / model / "base" / "ref.npz")
-    more = {"decoder_input_ids": torch.tensor(given["decoder_input_ids"])} if model in golden.SEQ2SEQ else {}
+    more = {k: torch.tensor(v) for k, v in given.items() if k in ("input_ids", "decoder_input_ids", "pixel_values")}
     reference = np.load(golden.GOLDEN / model / adapter / "ref.npz")
     for kind, mask in masks.items():
+        masked = {} if mask is None else {"attention_mask": torch.tensor(np.asarray(mask))}
         with torch.no_grad():
-            got = tuned(
-                torch.tensor(np.asarray(ids)), attention_mask=torch.tensor(np.asarray(mask)), **more
-            ).logits.numpy()
+            got = tuned(**more, **masked).logits.numpy()
         want = reference[f"logits_{kind}"]
         assert got.shape == want.shape
         decoder = want.ndim == 3 and model not in golden.SEQ2SEQ
@@ -70,7 +69,7 @@ def test_peft_runs_virtual_tokens_that_were_trained_here(model, kind, tmp_path):
         "prefix of a network": lambda: pj.prefix(4, hidden=6, std=1.0, **more),
     }[kind]()
     tuned = pj.scale(method.init(jax.random.key(0), params, roles), 0.5)
-    adapter, known = kind.split()[0], golden.rotary(model, kind.split()[0])
+    adapter, known = kind.split()[0], golden.known(model, kind.split()[0])
     task = "SEQ_CLS" if model == "bert" else "CAUSAL_LM"
     hf_peft.save(tmp_path / "a", tuned, roles, task_type=task, heads=golden.KEY_HEADS[model], **known)
     base = torch_model(model)

@@ -21,8 +21,10 @@ BASES = {
     "gpt2": transformers.GPT2LMHeadModel,
     "t5": transformers.T5ForConditionalGeneration,
     "bart": transformers.BartForConditionalGeneration,
+    "resnet": transformers.ResNetForImageClassification,
 }
 BERT, LLAMA, TWO = dict(task_type="SEQ_CLS"), dict(task_type="CAUSAL_LM"), dict(task_type="SEQ_2_SEQ_LM")
+CONVOLUTIONS = dict(target_modules=["convolution"], modules_to_save=["classifier"])
 FUSED = dict(r=2, lora_alpha=6, target_modules=["c_attn", "mlp.c_proj"], fan_in_fan_out=True, **LLAMA)
 CASES = {
     "bert/vera": VeraConfig(r=5, target_modules=["query", "intermediate.dense"], bias="vera_only", **BERT),
@@ -82,6 +84,24 @@ CASES = {
     "gpt2/lora_tied": LoraConfig(r=2, lora_alpha=6, target_modules=["wte", "c_fc"], fan_in_fan_out=True, **LLAMA),
     "t5/lora": LoraConfig(r=2, lora_alpha=6, target_modules=["q", "v"], **TWO),
     "bart/lora": LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "v_proj"], **TWO),
+    "llama/dora_embed": LoraConfig(r=2, lora_alpha=6, target_modules=["embed_tokens", "q_proj"], use_dora=True, **LLAMA),
+    "llama/lora_layers": LoraConfig(
+        r=2,
+        lora_alpha=6,
+        target_modules=["q_proj", "v_proj", "down_proj"],
+        exclude_modules=["v_proj"],
+        layers_to_transform=[1],
+        **LLAMA,
+    ),
+    "resnet/lora": LoraConfig(r=2, lora_alpha=6, rank_pattern={"shortcut.convolution": 3}, **CONVOLUTIONS),
+    "resnet/dora": LoraConfig(r=2, lora_alpha=6, use_dora=True, **CONVOLUTIONS),
+    "resnet/ia3": IA3Config(
+        target_modules=["0.convolution", "1.convolution"],
+        feedforward_modules=["1.convolution"],
+        modules_to_save=["classifier"],
+    ),
+    "resnet/loha": LoHaConfig(r=2, alpha=6, **CONVOLUTIONS),
+    "resnet/lokr": LoKrConfig(r=2, alpha=6, **CONVOLUTIONS),
 }
 
 
@@ -99,6 +119,10 @@ def make(case: str) -> None:
     model.save_pretrained(folder)
     (folder / "README.md").unlink()
     given = np.load(GOLDEN / name / "base" / "ref.npz")
+    if "pixel_values" in given:
+        with torch.no_grad():
+            np.savez(folder / "ref.npz", logits_full=model(torch.tensor(given["pixel_values"])).logits.numpy())
+        return
     ids = {k: torch.tensor(given[k]) for k in ("input_ids", "decoder_input_ids") if k in given}
     logits = {}
     for mask in ("full", "rightpad", "leftpad"):
@@ -108,6 +132,20 @@ def make(case: str) -> None:
     np.savez(folder / "ref.npz", **logits)
 
 
+def make_resnet() -> None:
+    """Writes the base of convolutions, with statistics of its norms that are not those of a fresh one."""
+    sizes = dict(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 2], layer_type="basic", num_labels=3)
+    torch.manual_seed(0)
+    model, folder = BASES["resnet"](transformers.ResNetConfig(**sizes)), GOLDEN / "resnet" / "base"
+    pixels = torch.randn(4, 3, 32, 32)
+    model.train()(pixels)
+    model.eval().save_pretrained(folder)
+    with torch.no_grad():
+        np.savez(folder / "ref.npz", pixel_values=pixels.numpy(), logits_full=model(pixels).logits.numpy())
+
+
 if __name__ == "__main__":
+    if not (GOLDEN / "resnet" / "base").exists():
+        make_resnet()
     for case in sys.argv[1:] or CASES:
         make(case)
