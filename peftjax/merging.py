@@ -38,7 +38,8 @@ def merge(tuned: Any, report: bool = False) -> Any:
       A plain tree; with `report`, `(tree, {path: Rounding})`. Leaves without an overlay are the same arrays.
 
     Raises:
-      ValueError: the tree is one part of `partition`, no weight can say what an overlay does, or an array holds a NaN or an infinity.
+      ValueError: the tree is one part of `partition`, no weight can say what an overlay does, or an array, the base's
+        too, holds a NaN or an infinity; a sum is beyond what the base's dtype holds.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj
@@ -50,10 +51,10 @@ def merge(tuned: Any, report: bool = False) -> Any:
     _check(tuned)
     plain = resolve(with_key(tuned, None))
     merged = map_leaves(_merged, plain)
-    if not report:
-        return merged
-    after = dict(flatten(merged))
-    return merged, {path: _rounding(x, after[path]) for path, x in flatten(plain) if isinstance(x, Overlay)}
+    after, folded = dict(flatten(merged)), {path: x for path, x in flatten(plain) if isinstance(x, Overlay)}
+    if beyond := not_finite((path, after[path]) for path in folded):
+        raise ValueError(f"not merged, for the sums are beyond what their dtype holds: {', '.join(beyond)}")
+    return (merged, {path: _rounding(x, after[path]) for path, x in folded.items()}) if report else merged
 
 
 def _check(tuned: Any) -> None:
@@ -70,7 +71,7 @@ def _check(tuned: Any) -> None:
             "`strip(tuned)` is the base model. Of virtual tokens, `settle(tuned)` keeps the other overlays, and "
             "`extract(tuned)` what trained"
         )
-    broken = not_finite((e.key, e.value) for e in entries(tuned) if e.field and not e.is_base and not e.is_key)
+    broken = not_finite((e.key, e.value) for e in entries(tuned) if e.field and not e.is_key)
     if broken:
         raise ValueError(f"not merged, for these hold a NaN or an infinity: {', '.join(broken)}. Did training diverge?")
 

@@ -11,7 +11,7 @@ from peftjax import compat
 C = TypeVar("C", bound=type)
 
 BARE = (
-    "an overlay ({}) reached code that expects an array. The model was called on a tuned tree without "
+    "an overlay, {}, reached code that expects an array. The model was called on a tuned tree without "
     "`peftjax.wrap`: call `wrap(fn)(tuned, ...)` instead of `fn(tuned, ...)`, or give the model `merge(tuned)`"
 )
 ARRAY_ATTRIBUTES = {name for name in dir(jax.Array) if not name.startswith("_")} | {"aval", "weak_type"}
@@ -94,10 +94,10 @@ class Overlay:
 
     @property
     def __jax_array__(self) -> Any:
-        raise TypeError(BARE.format(type(self).__name__))
+        raise TypeError(BARE.format(repr(self)))
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError(BARE.format(type(self).__name__))
+        raise TypeError(BARE.format(repr(self)))
 
     def __eq__(self, other: object) -> bool:
         """Identity, among overlays; a model that compares its weight with a number or an array was not wrapped."""
@@ -109,12 +109,12 @@ class Overlay:
 
     def __getattr__(self, name: str) -> Any:
         if name in ARRAY_ATTRIBUTES:
-            raise AttributeError(BARE.format(type(self).__name__))
+            raise AttributeError(BARE.format(repr(self)))
         raise AttributeError(f"{type(self).__name__} has no field {name!r}")
 
 
 def _bare(self: Overlay, *args: Any) -> Any:
-    raise TypeError(BARE.format(type(self).__name__))
+    raise TypeError(BARE.format(repr(self)))
 
 
 _BINARY = "add sub mul matmul truediv floordiv mod divmod pow and or xor lshift rshift".split()

@@ -60,7 +60,7 @@ def _jit(self: Any, eqn: Any, operands: Sequence[Any]) -> Sequence[Any]:
         body.__name__ = body.__qualname__ = p["name"]
         return jax.jit(_constrained(body, p), inline=p["inline"], keep_unused=p["keep_unused"])
 
-    return _once(self, eqn, operands, lift)
+    return [_placed(x, s) for x, s in zip(_once(self, eqn, operands, lift), p["out_shardings"])]
 
 
 def _constrained(body: Any, p: dict[str, Any]) -> Any:
@@ -69,13 +69,16 @@ def _constrained(body: Any, p: dict[str, Any]) -> Any:
         return body
 
     def constrained(*operands: Any) -> Any:
-        place = lambda x, s: (
-            x if compat.is_unspecified(s) or not isinstance(x, jax.Array) else lax.with_sharding_constraint(x, s)
-        )
-        return body(*map(place, operands, p["in_shardings"]))
+        return body(*map(_placed, operands, p["in_shardings"]))
 
     constrained.__name__ = body.__name__
     return constrained
+
+
+def _placed(x: Any, sharding: Any) -> Any:
+    """An array where a jit region asks for it; an operator stays where it is."""
+    free = compat.is_unspecified(sharding) or not isinstance(x, jax.Array)
+    return x if free else lax.with_sharding_constraint(x, sharding)
 
 
 def _remat(self: Any, eqn: Any, operands: Sequence[Any]) -> Sequence[Any]:

@@ -85,7 +85,7 @@ def _named(targets: Targets, paths: Sequence[str], able: Sequence[str], roles: M
         named = [path for path in paths if matches(target, path, suffix)]
         hits = set(named) & set(able)
         if not hits:
-            raise ValueError(_only_vectors(target, named, able) if named else _missed(target, paths, suffix))
+            raise ValueError(_no_kernel(target, named, able, roles) if named else _missed(target, paths, suffix))
         found |= hits
     return found
 
@@ -98,9 +98,11 @@ def _missed(target: str, paths: Sequence[str], suffix: bool) -> str:
     return said
 
 
-def _only_vectors(target: str, named: Sequence[str], able: Sequence[str]) -> str:
+def _no_kernel(target: str, named: Sequence[str], able: Sequence[str], roles: Mapping[str, Role]) -> str:
     near = ", ".join(closest(target, able)) or "none"
-    return f"{target!r} matches {', '.join(named[:3])}, which is no kernel; expected a kernel; closest kernels: {near}"
+    unused = all(path in roles and roles[path].op == "unused" for path in named)
+    why = "which the model never uses" if unused else "which is no kernel"
+    return f"{target!r} matches {', '.join(named[:3])}, {why}; expected a kernel; closest kernels: {near}"
 
 
 def _nothing(targets: Any, exclude: Any, taken: Any, found: set[str], roles: Mapping[str, Role]) -> str:
@@ -174,7 +176,9 @@ def check_patterns(patterns: Sequence[str], paths: Sequence[str]) -> None:
         >>> check_patterns([".*query"], ["layer/query/kernel"])
     """
     for pattern in patterns:
-        _named(pattern, paths, paths, {})
+        if not any(matches(pattern, path, suffix=False) for path in paths):
+            near = ", ".join(closest(pattern, paths) or paths[:3]) or "none"
+            raise ValueError(f"{pattern!r} matches none of the {len(paths)} leaves that it may name; closest: {near}")
 
 
 def pattern_value(patterns: Mapping[str, T], path: str, default: T) -> T:

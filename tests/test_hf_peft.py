@@ -50,7 +50,9 @@ def test_writes_back_what_it_read(model, adapter, tmp_path):
     )
     want, got = load_file(golden.GOLDEN / model / adapter / TENSORS), load_file(tmp_path / "a" / TENSORS)
     assert set(got) == set(want)
-    same = lambda x, y, name="": np.testing.assert_allclose(x, y, rtol=0, atol=1e-6 if "rope" in known else 0, err_msg=name)
+    same = lambda x, y, name="": np.testing.assert_allclose(
+        x, y, rtol=0, atol=1e-6 if "rope" in known else 0, err_msg=name
+    )
     if model in golden.SEQ2SEQ and adapter == "prompt":  # peft holds a second prompt, and reads the first
         want["prompt_embeddings"] = want["prompt_embeddings"][:5]
     for name, tensor in want.items():

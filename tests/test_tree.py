@@ -251,6 +251,11 @@ def test_merge_refuses_by_path():
     x = lora_on(kernel())
     with pytest.raises(ValueError, match="NaN or an infinity: v/b"):
         merge({"v": x.replace(b=x.b.at[0, 0].set(jnp.inf))})
+    with pytest.raises(ValueError, match="NaN or an infinity: v/base"):
+        merge({"v": lora_on(kernel().at[0, 0].set(jnp.nan))})
+    narrow = lora_on(jnp.full((3, 4), 6e4, jnp.float16))
+    with pytest.raises(ValueError, match="beyond what their dtype holds: v"):
+        merge({"v": narrow.replace(a=jnp.ones_like(narrow.a), b=jnp.full_like(narrow.b, 1e4))})
 
 
 def test_references_share_one_array_and_one_gradient():

@@ -84,7 +84,9 @@ CASES = {
     "gpt2/lora_tied": LoraConfig(r=2, lora_alpha=6, target_modules=["wte", "c_fc"], fan_in_fan_out=True, **LLAMA),
     "t5/lora": LoraConfig(r=2, lora_alpha=6, target_modules=["q", "v"], **TWO),
     "bart/lora": LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "v_proj"], **TWO),
-    "llama/dora_embed": LoraConfig(r=2, lora_alpha=6, target_modules=["embed_tokens", "q_proj"], use_dora=True, **LLAMA),
+    "llama/dora_embed": LoraConfig(
+        r=2, lora_alpha=6, target_modules=["embed_tokens", "q_proj"], use_dora=True, **LLAMA
+    ),
     "llama/lora_layers": LoraConfig(
         r=2,
         lora_alpha=6,
