@@ -1,5 +1,6 @@
 """Where a run's numbers go beside the terminal: TensorBoard's files, and profiles of chosen steps."""
 
+import warnings
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -43,7 +44,7 @@ class TensorBoard:
 
 
 class Profile:
-    """Writes a profile of chosen steps into a folder, which TensorBoard and Perfetto show.
+    """Writes a profile of chosen steps into a folder, which TensorBoard and Perfetto show; warns where no such step came.
 
     Args:
       folder: where to.
@@ -57,13 +58,15 @@ class Profile:
         parts = steps.split(":")
         if len(parts) != 2 or not all(part.isdigit() for part in parts) or not 1 < int(parts[0]) < int(parts[1]):
             raise ValueError(f'profile {steps!r}; expected "first:end" with 1 < first < end, such as "10:13"')
-        self._folder, (self._first, self._end), self._runs = folder, map(int, parts), False
+        self._folder, (self._first, self._end), self._runs, self._wrote = folder, map(int, parts), False, False
 
     def __enter__(self) -> "Profile":
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, error: Any, *_: Any) -> None:
         self._stop()
+        if error is None and not self._wrote:
+            warnings.warn(f"no profile was written: step {self._first} did not follow another in this run")
 
     def epoch(self, number: int, steps: int, done: int) -> None:
         """Nothing."""
@@ -82,7 +85,7 @@ class Profile:
     def _stop(self) -> None:
         if self._runs:
             jax.profiler.stop_trace()
-            self._runs = False
+            self._runs, self._wrote = False, True
 
 
 class Together:

@@ -18,7 +18,7 @@ from test_bert import SIZES, torch_tensors, write
 from test_experiments_data import tokenizer
 
 import peftjax as pj
-from experiments import assets, data, finetune, predict, text_model, train
+from experiments import assets, data, finetune, logs, predict, text_model, train
 from experiments.configs import reviews
 from experiments.models import bert
 from experiments.models.load import load
@@ -97,7 +97,10 @@ def test_a_run_leaves_a_record(finished):
     assert row["config"]["lora"] == {"rank": 8, "alpha": 16.0, "dropout": 0.0} and row["config"]["seed"] == 0
     assert row["device"]["platform"] == "cpu" and row["versions"]["jax"] == jax.__version__
     assert row["results"]["test"] == [dataclasses.asdict(r) for r in results]
-    assert len(row["results"]["validation"]) == 10 == len(row["results"]["losses"]) and 1 <= row["results"]["best_epoch"] <= 10
+    assert (
+        len(row["results"]["validation"]) == 10 == len(row["results"]["losses"])
+        and 1 <= row["results"]["best_epoch"] <= 10
+    )
 
 
 def test_the_adapter_classifies(finished):
@@ -153,6 +156,12 @@ def test_full_fine_tuning(finished, place):
         assert name in events.read_bytes()
     (profile,) = (finetune.folder_of_run(c) / "profile").rglob("*.xplane.pb")
     assert profile.read_bytes().count(b"jit_advance") >= 2
+
+
+def test_a_profile_of_steps_that_never_came_says_so(tmp_path):
+    with pytest.warns(UserWarning, match="no profile was written: step 10"), logs.Profile(tmp_path, "10:13") as profile:
+        profile.step(12, 0.0, 1.0)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_seed_draws_everything(finished, place):
