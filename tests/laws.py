@@ -1,7 +1,7 @@
 """The laws: what every method has to keep on every model.
 
     law_2("lora", "linen_dense")            # raises where the law is broken
-    python tests/laws.py [--write] [METHOD ...]     # all columns or some, and their dated result in `laws_result.md`
+    python tests/laws.py [--write] [METHOD ...]     # all columns or some, and their dated result in `laws_jax_0.10.md`
 
 Errors are max|difference| / max|reference|, at most 1e-5 in float32 and 2e-2 in bfloat16, against a float32 oracle; the
 trained fields are moved away from where they start, and no scale is 1.
@@ -925,4 +925,5 @@ def main(path: pathlib.Path, methods: Sequence[str], write: bool, workers: int =
 
 if __name__ == "__main__":
     chosen = [name for name in sys.argv[1:] if name != "--write"]
-    main(pathlib.Path(__file__).parent / "laws_result.md", chosen or list(METHODS), "--write" in sys.argv[1:])
+    line = ".".join(jax.__version__.split(".")[:2])
+    main(pathlib.Path(__file__).with_name(f"laws_jax_{line}.md"), chosen or list(METHODS), "--write" in sys.argv[1:])
