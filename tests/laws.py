@@ -184,15 +184,14 @@ METHODS: dict[str, Row] = {
     "lora_gaussian": _lora(init="gaussian"),
     "lora_zero_a": _lora(init="zero_a"),
     "pissa": _lora(init="pissa"),
-    "olora": _lora(
-        init="olora", alpha=1
-    ),  # it subtracts `scale` times a part of W: in bfloat16, 3 times would drown the rest
+    # It subtracts `scale` times a part of W: in bfloat16, 3 times would drown the rest.
+    "olora": _lora(init="olora", alpha=1),
     "lora_orthogonal": _lora(init="orthogonal"),
     "lora_fa": _lora(train_a=False),
     "lora_dropout": _lora(dropout=0.5),
     "lora_bias": Row(lambda m: pj.lora(rank=2, alpha=6, bias=True, targets=m.targets), _lacks_biases),
     "dora": Row(lambda m: pj.dora(rank=2, alpha=6, targets=m.targets)),
-    "dora_pissa": Row(lambda m: pj.dora(rank=2, alpha=6, init="pissa", targets=m.targets)),
+    "dora_pissa": Row(lambda m: pj.dora(rank=2, alpha=1, init="pissa", targets=m.targets)),  # as with "olora"
     "dora_dropout": Row(lambda m: pj.dora(rank=2, alpha=6, dropout=0.5, targets=m.targets)),
     "unfreeze": Row(lambda m: pj.unfreeze(m.targets)),
     "bitfit": Row(lambda m: pj.bitfit(), refuses=_no_bias),
@@ -510,11 +509,14 @@ def error(got: Any, want: Any, floor: float = 0.0) -> float:
     return float(np.abs(got - want).max() / max(np.abs(want).max(), floor, 1e-30)) if want.size else 0.0
 
 
-def close(got: Any, want: Any, tolerance: float, what: str) -> None:
-    """Raises where two trees of arrays differ; small arrays are measured against a tenth of the largest one."""
+def close(got: Any, want: Any, tolerance: float, what: str, terms: float = 0) -> None:
+    """Raises where two trees of arrays differ; small arrays are measured against a tenth of the largest one.
+
+    Sums of `terms` that all but cancel are measured against these.
+    """
     top = max((float(np.abs(np.asarray(x, np.float64)).max()) for x in jax.tree.leaves(want) if x.size), default=0)
     pairs = zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True)
-    wrong = [(jax.tree_util.keystr(where), error(x, y, top / 10)) for (where, x), y in pairs]
+    wrong = [(jax.tree_util.keystr(where), error(x, y, max(top / 10, terms))) for (where, x), y in pairs]
     wrong = [(where, e) for where, e in wrong if not e <= tolerance]
     assert not wrong, f"{what}: errors {wrong}, expected at most {tolerance}"
 
@@ -544,6 +546,8 @@ def whole(out: Any, tuned: Any) -> list[Any]:
 
 # Where what trains changes nothing: a column that is divided by its own norm has no scale. Both gradients are rounding.
 FLAT = frozenset({("ia3", "weight_norm")})
+# Where one number trains, and its gradient, -0.2, is a sum of terms as large as this.
+CANCELS = {("oft_shared", "linen_dense_general_heads"): 9.0}
 
 
 def law_1(method: str, model: str) -> None:
@@ -588,7 +592,7 @@ def law_3(method: str, model: str) -> None:
     if (method, model) in FLAT:
         close((found, grads), (want, want_grads), it.tolerance, "gradients beside values")
     else:
-        close(grads, want_grads, it.tolerance, "gradients")
+        close(grads, want_grads, it.tolerance, "gradients", CANCELS.get((method, model), 0))
 
 
 def law_4(method: str, model: str) -> None:
