@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import pathlib
+import re
 import shutil
 import warnings
 
@@ -34,7 +35,7 @@ def flax_tree(tensors, tree):
     for path in flatten_dict(tree):
         if path[0] == "lm_head" and "lm_head.weight" not in tensors:
             continue  # it is the table
-        modules = [name.removeprefix("layer_") for name in path[:-1] if name not in ("params", "batch_stats")]
+        modules = [re.sub(r"^layer_(?=\d)", "", name) for name in path[:-1] if name not in ("params", "batch_stats")]
         tensor = tensors[".".join((*modules, LAST.get(path[-1], path[-1])))]
         turned = (2, 3, 1, 0) if tensor.ndim == 4 else (1, 0)
         made[path] = jnp.asarray(tensor.transpose(turned) if path[-1] == "kernel" else tensor)

@@ -912,19 +912,27 @@ def known(path: pathlib.Path) -> dict[str, dict[str, str]]:
 
 
 def main(path: pathlib.Path, methods: Sequence[str], write: bool, workers: int = 2) -> None:
-    """Prints the table of these methods, a row a model; `write` keeps it, dated, beside the columns of others."""
+    """Prints the table of these methods, a row a model; `write` keeps it, dated, beside the columns of others.
+
+    A row is kept as soon as it is known: where a run stops, the cells of its other rows are empty.
+    """
     found: dict[str, dict[str, str]] = {m: {WHEN: f"{datetime.date.today()}, {jax.__version__}"} for m in methods}
+    others = known(path)
     with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=8) as pool:
         for model, cells in zip(MODELS, pool.imap(functools.partial(row, methods=methods), MODELS)):
             print(f"| {' | '.join((model, *cells))} |", flush=True)
             for method, cell in zip(methods, cells):
                 found[method][model] = cell
-    if write:
-        found = known(path) | found
-        columns = [m for m in METHODS if m in found]
-        lines = [["model", *columns], ["---"] * (1 + len(columns))]
-        lines += [[name, *(found[m].get(name, "") for m in columns)] for name in (WHEN, *MODELS)]
-        path.write_text(SAID + "".join(f"| {' | '.join(cells)} |\n" for cells in lines))
+            if write:
+                path.write_text(table(others | found))
+
+
+def table(found: Mapping[str, Mapping[str, str]]) -> str:
+    """The columns as a page."""
+    columns = [m for m in METHODS if m in found]
+    lines = [["model", *columns], ["---"] * (1 + len(columns))]
+    lines += [[name, *(found[m].get(name, "") for m in columns)] for name in (WHEN, *MODELS)]
+    return SAID + "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 if __name__ == "__main__":
