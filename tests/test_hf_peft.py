@@ -284,13 +284,49 @@ DAMAGES = {
     "modules_to_save names fewer": page(modules_to_save=[]),
     "modules_to_save is a number": page(modules_to_save=3),
     **{f"bias is {v!r}": page(bias=v) for v in ("some", None, True, "all", "lora_only")},
-    **{f"rank_pattern is {v!r}": page(rank_pattern=v) for v in ({"query": 4}, {"query": "2"}, ["query"], {"query": 0})},
+    **{
+        f"rank_pattern is {v!r}": page(rank_pattern=v)
+        for v in ({"query": 4}, {"query": "2"}, ["query"], {"query": 0}, {"(": 2})
+    },
+    **{f"alpha_pattern is {v!r}": page(alpha_pattern=v) for v in ({"(": 2}, {"query": None}, "query")},
+    **{f"{k} is '('": page(**{k: "("}) for k in ("exclude_modules", "layers_pattern")},
     **{f"layers_to_transform is {v!r}": page(layers_to_transform=v) for v in ([0], 1, "0", [9])},
     **{f"init is {v!r}": page(init_lora_weights=v) for v in ("corda", "loftq", 1, 0)},
     **{k: page(**{k: True}) for k in ("use_qalora", "use_bdlora", "lora_bias_of_mine", "trainable_things")},
     "a setting of another method": page(loftq_config={"bits": 4}),
     "another base": lambda folder: None,
 }
+
+
+# What is no regex where peft reads one: an adapter, the key, and its value.
+BROKEN = {
+    **{
+        f"{adapter}'s {key}": (adapter, key, {"(": 2})
+        for adapter in ("lora", "loha", "lokr")
+        for key in ("rank_pattern", "alpha_pattern")
+    },
+    **{
+        f"{adapter}'s {key}": (adapter, key, "(")
+        for adapter in ("lora", "ia3", "ln", "vera", "oft")
+        for key in ("target_modules", "exclude_modules")
+    },
+    **{f"LoRA's layers_pattern {v!r}": ("lora", "layers_pattern", v) for v in ("(", ["layer", "("])},
+    **{f"{adapter}'s modules_to_save": (adapter, "modules_to_save", ["("]) for adapter in ("lora", "ia3", "ln")},
+    "IA3's feedforward_modules": ("ia3", "feedforward_modules", "("),
+    "a flag in the middle": ("lora", "rank_pattern", {"(?i)query": 2}),
+    "a number that is too large": ("lora", "alpha_pattern", {"q{99999999999}": 2}),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_is_no_regex_is_named(case, tmp_path):
+    adapter, key, value = BROKEN[case]
+    _, params, roles, _, _ = golden.model("bert")
+    golden.repaged("bert", adapter, tmp_path / "a", **{key: value})
+    for read in (hf_peft.load, hf_peft.method):
+        with pytest.raises(ValueError, match=f"{key} has .*, which is no regex: ") as caught:
+            read(tmp_path / "a", params, roles)
+        assert str(tmp_path / "a") in str(caught.value)
 
 
 def test_there_are_enough_of_them():

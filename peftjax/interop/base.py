@@ -41,12 +41,9 @@ class Base:
         """The modules that `target_modules` and its companions name.
 
         Raises:
-          ValueError: they name none, or name regexes that are none.
+          ValueError: they name none.
         """
-        try:
-            hit = [module for module in self.modules if targeted(module, options)]
-        except re.error as error:
-            raise ValueError(f"target_modules or one of its companions is no regex: {error}") from None
+        hit = [module for module in self.modules if targeted(module, options)]
         if not hit:
             wanted = options["target_modules"]
             last = wanted if isinstance(wanted, str) else (wanted or [""])[0]

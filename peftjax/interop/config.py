@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping
 
 from peftjax.flat import near
+from peftjax.interop import match
 from peftjax.interop.tensors import unique_json
 
 CONFIG = "adapter_config.json"
@@ -28,11 +29,26 @@ REMARKS = {
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """One key of a configuration: its value where it is missing, what it may be, and that in words."""
+    """One key of a configuration.
+
+    Attributes:
+      default: its value where it is missing.
+      valid: what it may be.
+      expected: that in words.
+      regexes: of its entries that peft reads as regexes, what it makes of each.
+    """
 
     default: Any
     valid: Callable[[Any], bool]
     expected: str
+    regexes: Callable[[Any], Mapping[str, str]] = lambda x: {}
+
+    def faults(self, key: str, value: Any) -> list[str]:
+        """What is wrong with the key's value, a line each."""
+        if not self.valid(value):
+            return [f"{key} is {value!r}, expected {self.expected}"]
+        why = {entry: match.broken(regex) for entry, regex in self.regexes(value).items()}
+        return [f"{key} has {entry!r}, which is no regex: {said}" for entry, said in why.items() if said is not None]
 
 
 def is_whole(x: Any) -> bool:
@@ -79,12 +95,19 @@ def names(needed: bool = False) -> Option:
     """A regex, or a list of names."""
     empty: tuple[Any, ...] = ("", []) if needed else (None,)
     fits = lambda x: x not in empty if isinstance(x, str) or _strings(x) else not needed and x is None
-    return Option(None, fits, "a regex or a list of names")
+    return Option(None, fits, "a regex or a list of names", lambda x: {x: x} if isinstance(x, str) else {})
+
+
+def patterns() -> Option:
+    """A regex, or a list of them."""
+    regexes = lambda x: {each: match.of_layers(each) for each in ([x] if isinstance(x, str) else x or ())}
+    return Option(None, lambda x: x is None or isinstance(x, str) or _strings(x), "a regex or a list of them", regexes)
 
 
 def listed() -> Option:
-    """A list of names."""
-    return Option(None, lambda x: x is None or _strings(x), "a list of names")
+    """A list of names, which may be regexes."""
+    regexes = lambda x: {name: match.of_saved(name) for name in x or ()}
+    return Option(None, lambda x: x is None or _strings(x), "a list of names", regexes)
 
 
 def wholes() -> Option:
@@ -93,9 +116,10 @@ def wholes() -> Option:
     return Option(None, fits, "an integer or a list of integers")
 
 
-def table(valid: Callable[[Any], bool], expected: str) -> Option:
-    """A table from regexes to values."""
-    return Option({}, lambda x: x is None or _table(x, valid), f"a table from regexes to {expected}")
+def by_end(valid: Callable[[Any], bool], expected: str) -> Option:
+    """A table from the ends of modules' names, which are regexes, to values."""
+    regexes = lambda x: {key: match.of_end(key) for key in x or ()}
+    return Option({}, lambda x: x is None or _table(x, valid), f"a table from regexes to {expected}", regexes)
 
 
 def one_of(default: Any, *choices: Any) -> Option:
@@ -146,8 +170,7 @@ def read_options(page: Mapping[str, Any], known: Mapping[str, Option], where: st
     faults = []
     for key, value in page.items():
         if key in known:
-            if not known[key].valid(value):
-                faults.append(f"{key} is {value!r}, expected {known[key].expected}")
+            faults += known[key].faults(key, value)
         elif key not in REMARKS and value not in (None, False, 0, "", [], {}):
             faults.append(f"{key}={value!r} is not supported (nearest that is: {near(key, known)})")
     faults += [
@@ -165,12 +188,12 @@ TARGETS = {
     "target_modules": names(needed=True),
     "exclude_modules": names(),
     "layers_to_transform": wholes(),
-    "layers_pattern": names(),
+    "layers_pattern": patterns(),
     "modules_to_save": listed(),
 }
 # Values by the ends of modules' names.
-RANKS = table(lambda x: is_whole(x) and x > 0, "positive integers")
-ALPHAS = table(is_number, "numbers")
+RANKS = by_end(lambda x: is_whole(x) and x > 0, "positive integers")
+ALPHAS = by_end(is_number, "numbers")
 
 
 def write_page(path: Path, page: Mapping[str, Any]) -> None:

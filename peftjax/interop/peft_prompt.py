@@ -32,7 +32,7 @@ OPTIONS = {
     "prompt_tuning_init": config.one_of("RANDOM", "RANDOM", "TEXT", "SAMPLE_VOCAB"),
     "prompt_tuning_init_text": config.text(),
     "tokenizer_name_or_path": config.text(),
-    "tokenizer_kwargs": config.table(lambda x: True, "anything"),
+    "tokenizer_kwargs": config.Option({}, lambda x: x is None or isinstance(x, dict), "a table"),
 }
 NETWORK = {
     **SHARED,
