@@ -150,6 +150,11 @@ DAMAGES = {
     "alphas by module": ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern=.* is not supported"),
     "a table": ({"target_modules": ["embed_tokens"], "rank_pattern": None}, "embed_tokens is a table"),
     "rank 0": ({"init_r": 0}, "init_r is 0"),
+    **{
+        f"a target of {k}": ({"target_r": k}, f"target_rank is {k}, expected 1 to the rank at the start, 4")
+        for k in (5, 7, 9, 99)
+    },
+    "a target above a start above the default": ({"init_r": 9, "target_r": 10}, "target_rank is 10, expected 1 to .*, 9"),
 }
 
 
@@ -163,10 +168,14 @@ def test_options_that_cannot_be_read_are_one_clear_error(damage, tmp_path):
     assert str(tmp_path) in str(caught.value)
 
 
-def test_a_target_above_the_start_is_read_as_one_that_never_prunes(tmp_path):
+@pytest.mark.parametrize("target", [8, ...])
+def test_the_default_target_above_the_start_is_read_as_one_that_never_prunes(target, tmp_path):
+    """Peft writes `target_r=8` for who says `init_r=4` and no more; what is written again is the start."""
     _, params, roles, _, _ = golden.model("llama")
-    golden.repaged("llama", "adalora_pruned", tmp_path / "a", target_r=8)
+    golden.repaged("llama", "adalora_pruned", tmp_path / "a", target_r=target)
     tuned = hf_peft.load(tmp_path / "a", params, roles)
+    hf_peft.save(tmp_path / "b", tuned, roles)
+    assert (read(tmp_path / "b")["init_r"], read(tmp_path / "b")["target_r"]) == (4, 4)
     same = hf_peft.load(PRUNED, params, roles)
     for (_, x), (_, y) in zip(pj.extract(tuned).items(), pj.extract(same).items(), strict=True):
         np.testing.assert_array_equal(x, y)

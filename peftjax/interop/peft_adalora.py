@@ -17,11 +17,12 @@ from peftjax.methods.adalora import AdaLoRA, adalora
 from peftjax.tree import map_leaves
 
 EPSILON = 1e-5  # peft divides by the rank and this
+TARGET = 8  # the target that peft writes where none was said, also where the start is lower
 PATTERN = "a table from tensors' names to lists of true and false"
 OPTIONS = {
     **config.TARGETS,
     "init_r": config.whole(12, least=1),
-    "target_r": config.whole(8, least=1),
+    "target_r": config.whole(TARGET, least=1),
     "lora_alpha": config.Option(8, lambda x: config.is_number(x) and x > 0, "a positive number"),
     "lora_dropout": config.number(0.0),
     "tinit": config.whole(0),
@@ -51,8 +52,7 @@ def method(options: Options, base: Base) -> list[Method]:
         _check(spot)
     made = adalora(
         rank=options["init_r"],
-        # Peft reads a target above the start, which never prunes, as its own defaults give it.
-        target_rank=min(options["target_r"], options["init_r"]),
+        target_rank=_target(options),
         alpha=options["lora_alpha"],
         total_steps=options["total_step"],
         tinit=options["tinit"],
@@ -66,6 +66,12 @@ def method(options: Options, base: Base) -> list[Method]:
         any_rank=True,
     )
     return [made, *trained_whole(options, base, kernels), *peft_tokens.beside(options, base, kernels)]
+
+
+def _target(options: Options) -> int:
+    """The mean rank in the end; peft's default is no wish of anyone's where the start is lower, and never prunes."""
+    start, target = options["init_r"], options["target_r"]
+    return start if target == TARGET and start < TARGET else target
 
 
 def _check(spot: Spot) -> None:
