@@ -37,7 +37,7 @@ def test_gives_what_adapterhub_gives(name, kind, models):
     assert error <= 1e-5
 
 
-@pytest.mark.parametrize("kind", ["seq_bn", "double_seq_bn"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_our_own_bert_gives_what_adapterhub_gives(kind):
     """Its hidden states, with the adapters on the same paths."""
     folder = GOLDEN / "bert"
@@ -54,6 +54,14 @@ def page(**changes):
     def damage(folder):
         found = json.loads((folder / "adapter_config.json").read_text())
         found["config"].update(changes)
+        (folder / "adapter_config.json").write_text(json.dumps(found))
+
+    return damage
+
+
+def whole_page(**changes):
+    def damage(folder):
+        found = {**json.loads((folder / "adapter_config.json").read_text()), **changes}
         (folder / "adapter_config.json").write_text(json.dumps(found))
 
     return damage
@@ -77,6 +85,22 @@ DAMAGES = {
     "a reduction for each layer": (page(reduction_factor={"default": 16}), "expected a positive number for all layers"),
     "another reduction": (page(reduction_factor=2), r"shape: .*adapter_down.0.bias is \[2\], expected \[16\]"),
     "a learned scale of a serial adapter": (page(scaling="learned"), "scaling is 'learned', expected a number"),
+    **{f"an activation {v!r}": (page(non_linearity=v), "non_linearity is .*, expected one of") for v in ([], {}, 1)},
+    **{
+        f"{key} is {v!r}": (page(**{key: v}), f"{key} is {v!r}, expected true or false")
+        for key in ("mh_adapter", "is_parallel", "original_ln_before")
+        for v in (1, 0, "true", None)
+    },
+    **{
+        f"{key} is {v!r}": (page(**{key: v}), f"{key} is {v!r}, expected ")
+        for key, v in (("output_adapter", 1), ("ln_after", 0), ("phm_layer", None), ("stochastic_depth", False))
+    },
+    **{f"a scale {v!r}": (page(scaling=v), "scaling is .*, expected a number") for v in ("learnt", True, None)},
+    **{
+        f"a width of {v!r}": (whole_page(hidden_size=v), f"hidden_size is {v!r}, expected an integer")
+        for v in ("32", 0, True, 32.0)
+    },
+    "a type that is no text": (whole_page(model_type=3), "model_type is 3, expected a text"),
     "a layer left out": (page(leave_out=[0]), "unknown: encoder.layer.0"),
     "a layer of a wrong kind": (page(leave_out=["0"]), "leave_out is"),
     "no tensors": (lambda folder: (folder / "adapter.safetensors").unlink(), "is missing"),
@@ -108,6 +132,24 @@ def test_a_damaged_folder_is_one_clear_error(damage, models, tmp_path):
     with pytest.raises(ValueError, match=message) as caught:
         adapterhub.load(tmp_path / "a", params, roles)
     assert str(tmp_path / "a") in str(caught.value)
+
+
+def test_faults_of_page_and_tensors_are_one_error(models, tmp_path):
+    _, params, _, roles = models["bert"]
+    broken = tensors(lambda t, first: t.__setitem__(first, t[first] * np.float32("nan")))
+    known, unknown = page(ln_before=True, reduction_factor=2), page(non_linearity=[], ln_before=True)
+    for k, (changes, said) in enumerate(
+        (
+            ([known], ["ln_before is True", "shape: "]),
+            ([unknown, broken], ["ln_before is True", "non_linearity is []", "not finite: "]),
+        )
+    ):
+        shutil.copytree(GOLDEN / "bert" / "seq_bn", tmp_path / str(k))
+        for change in changes:
+            change(tmp_path / str(k))
+        with pytest.raises(ValueError) as caught:
+            adapterhub.load(tmp_path / str(k), params, roles)
+        assert [fault for fault in said if fault not in str(caught.value)] == []
 
 
 def test_layers_left_out_hold_no_adapter(models, tmp_path):

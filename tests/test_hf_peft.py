@@ -1,6 +1,7 @@
 """Files of Hugging Face peft: read, they give its logits; written, its tensors bit for bit; damaged, one clear error."""
 
 import json
+import re
 import shutil
 
 import flax.linen as nn
@@ -223,12 +224,22 @@ def overwrite(file, at, data):
 
 
 def twice(folder):
+    """A tensor stands in the header a second time, with the same numbers."""
     data = (folder / TENSORS).read_bytes()
     size = int.from_bytes(data[:8], "little")
     header = data[8 : 8 + size].decode().rstrip()
-    name, rest = header[1:].split(":", 1)
-    more = "{" + name + ":" + rest[: rest.index("}") + 1] + "," + header[1:]
+    at = re.search(r'"base_model[^{]*[{][^}]*[}]', header)
+    more = "{" + at[0] + "," + header[1:]
     (folder / TENSORS).write_bytes(len(more).to_bytes(8, "little") + more.encode() + data[8 + size :])
+
+
+def twice_apart(folder):
+    """A tensor stands in the header a second time, with numbers of its own."""
+    tensors = load_file(folder / TENSORS)
+    save_file(tensors | {"a" * len(Q + "lora_A.weight"): tensors[Q + "lora_A.weight"] + 1}, folder / TENSORS)
+    data = (folder / TENSORS).read_bytes()
+    name = Q + "lora_A.weight"
+    (folder / TENSORS).write_bytes(data.replace(b"a" * len(name), name.encode()))
 
 
 Q = "base_model.model.bert.encoder.layer.0.attention.self.query."
@@ -249,6 +260,7 @@ DAMAGES = {
     "page with a key twice": lambda folder: (folder / CONFIG).write_text('{"r": 2, "r": 4}'),
     "page nested deeply": lambda folder: (folder / CONFIG).write_text("[" * 100_000),
     "a tensor that stands twice": twice,
+    "a tensor that stands twice, with other numbers": twice_apart,
     **{f"{n} tensors missing": edited(lambda t, _, n=n: [t.pop(k) for k in sorted(t)[:n]]) for n in (1, 2, 5)},
     "all tensors missing": edited(lambda t, _: t.clear()),
     "a tensor too many": edited(put(Q + "lora_C.weight", np.copy)),
@@ -363,6 +375,62 @@ def test_all_faults_of_a_file_are_listed_at_once(tmp_path):
         "not finite",
     ):
         assert fault in str(caught.value)
+
+
+def both(*damages):
+    def damage(folder):
+        for each in damages:
+            each(folder)
+
+    return damage
+
+
+TURNED = edited(lambda t, f: t.__setitem__(Q + "lora_B.weight", t[Q + "lora_B.weight"].T.copy()))
+TOGETHER = {
+    "an option that is not supported, and another rank": (
+        page(use_qalora=True, r=4),
+        ["use_qalora=True is not supported", "shape: " + Q + "lora_A.weight is [2,16], expected [4,16]"],
+    ),
+    "an option of a wrong type, and a NaN": (
+        both(page(r="2", qlora=True), edited(put(None, lambda x: np.full_like(x, np.nan)))),
+        ["r is '2', expected an integer", "qlora=True is not supported", "fits no model:\n  not finite: "],
+    ),
+    "an option of a wrong type, and no tensors": (
+        both(page(bias=3), lambda folder: (folder / TENSORS).unlink()),
+        ["bias is 3, expected one of", "adapter_model.safetensors is missing"],
+    ),
+    "no page, and no tensors": (
+        lambda folder: [(folder / name).unlink() for name in (TENSORS, CONFIG)],
+        ["has no adapter_config.json", "adapter_model.safetensors is missing"],
+    ),
+    "another method, and a tensor that stands twice": (
+        both(page(peft_type="LORRA"), twice),
+        ["peft_type is 'LORRA'", "more than once"],
+    ),
+    "modules that are not there, and a tensor that stands twice": (
+        both(page(target_modules=["qurey"]), twice),
+        ["target_modules=['qurey'] names no module", "more than once"],
+    ),
+    **{
+        f"{damage.__name__}, and a tensor that is turned": (
+            both(TURNED, damage, page(use_qalora=True)),
+            ["use_qalora", "stands in the file more than once", "shape: " + Q + "lora_B.weight is [2,16]"],
+        )
+        for damage in (twice, twice_apart)
+    },
+}
+
+
+@pytest.mark.parametrize("case", TOGETHER)
+def test_faults_of_page_and_tensors_are_one_error(case, tmp_path):
+    damage, said = TOGETHER[case]
+    _, params, roles, _, _ = golden.model("bert")
+    shutil.copytree(golden.GOLDEN / "bert" / "lora", tmp_path / "a")
+    damage(tmp_path / "a")
+    with pytest.raises(ValueError) as caught:
+        hf_peft.load(tmp_path / "a", params, roles)
+    assert [fault for fault in said if fault not in str(caught.value)] == []
+    assert "missing: " not in str(caught.value)
 
 
 HEAD = "base_model.classifier.weight"

@@ -3,57 +3,22 @@
 import os
 import re
 from pathlib import Path
-from typing import Any, Iterator, Mapping
+from typing import Any, Iterator
 
 import jax
 
-from peftjax.flat import near
+from peftjax.interop.adapterhub_config import ACTIVATIONS, Page, read_config
 from peftjax.interop.base import Base, regex
-from peftjax.interop.config import CONFIG, about, is_number, is_whole, read_page
+from peftjax.interop.config import CONFIG, about, read_page
+from peftjax.interop.faults import Faults
 from peftjax.interop.names import Names, Spot, spots
-from peftjax.interop.slots import Part, Parts, fill, slots
-from peftjax.interop.tensors import read_folder
+from peftjax.interop.slots import Part, Parts, fill, slots, unfit_anywhere
+from peftjax.interop.tensors import Tensors, read_folder
 from peftjax.method import Method
 from peftjax.methods.adapter import Adapter, adapter
 from peftjax.roles import Roles
 
 TENSORS, PICKLE = "adapter.safetensors", "pytorch_adapter.bin"
-ACTIVATIONS = {
-    **{name: name for name in ("relu", "gelu", "swish", "tanh", "sigmoid")},
-    **{"leakyrelu": "leaky_relu", "gelu_new": "gelu_tanh", "silu": "swish"},
-}
-# What each kind of adapter says, (mh_adapter, is_parallel, original_ln_before), beside a trained scale.
-KINDS = {
-    (True, False, False): "houlsby",
-    (False, False, True): "pfeiffer",
-    (False, True, False): "parallel",
-}
-# The one value that is supported, of all that would change what an adapter computes.
-FIXED: dict[str, Any] = {
-    "output_adapter": True,
-    "original_ln_after": True,
-    "residual_before_ln": True,
-    **dict.fromkeys(
-        ("adapter_residual_before_ln", "cross_adapter", "ln_after", "ln_before", "phm_layer", "use_gating"), False
-    ),
-    "inv_adapter": None,
-    "stochastic_depth": 0.0,
-}
-READ = {"mh_adapter", "is_parallel", "original_ln_before", "non_linearity", "reduction_factor", "scaling", "leave_out"}
-# Of training, of how it starts, and of Compacter's and invertible layers, which FIXED refuses.
-REMARKS = {
-    *(
-        "dropout",
-        "init_weights",
-        "init_weights_seed",
-        "inv_adapter_reduction_factor",
-        "learn_phm",
-        "phm_bias",
-        "phm_c_init",
-    ),
-    *("phm_dim", "phm_init_range", "phm_rank", "shared_W_phm", "shared_phm_rule", "factorized_phm_W"),
-    *("factorized_phm_rule", "hypercomplex_nonlinearity"),
-}
 
 
 def load(path: str | os.PathLike[str], params: Any, roles: Roles, names: Names = None, *, pickles: bool = False) -> Any:
@@ -75,68 +40,51 @@ def load(path: str | os.PathLike[str], params: Any, roles: Roles, names: Names =
     Raises:
       ValueError: lists everything in the folder that is damaged, unknown, not supported, or does not fit the model.
     """
-    folder = Path(path)
-    page, where = read_page(folder), str(folder / CONFIG)
-    config, label = _config(page, where), page["name"]
+    folder, faults = Path(path), Faults()
     base = Base(spots(params, roles, names))
+    page = faults.of(_page, folder, faults)
+    held = faults.of(read_folder, folder, TENSORS, PICKLE, pickles)
+    fresh = None if page is None else faults.of(_fresh, page, folder, params, roles, base)
+    filled = None
+    if page is not None and fresh is not None and held is not None:
+        filled = faults.of(_filled, fresh, page, roles, base, held)
+    elif held is not None:
+        faults.add(f"{held.file} fits no model", unfit_anywhere(held))
+    return faults.none(filled)
+
+
+def _page(folder: Path, faults: Faults) -> Page | None:
+    where = str(folder / CONFIG)
+    page, wrong = read_config(read_page(folder), where)
+    faults.add(f"{where} cannot be read", wrong)
+    return page
+
+
+def _fresh(page: Page, folder: Path, params: Any, roles: Roles, base: Base) -> Any:
     with about(folder / CONFIG):
-        tuned = _method(config, base).init(jax.random.key(0), params, roles)
-    file, tensors = read_folder(folder, TENSORS, PICKLE, pickles)
-    kind = f"{page.get('model_type')}."
+        return _method(page, base).init(jax.random.key(0), params, roles)
+
+
+def _filled(fresh: Any, page: Page, roles: Roles, base: Base, held: Tensors) -> Any:
+    """The tree with the file's tensors, whose names may have the model's type before them, or not."""
+    kind = f"{page.model_type}."
     short = lambda name: name.removeprefix(kind)
-    if twice := [name for name in tensors if name != short(name) and short(name) in tensors]:
-        raise ValueError(f"{file} holds {', '.join(twice)} with and without {kind!r} before the name; expected one")
-    parts = _parts(roles, label, any("output_adapters." in name for name in tensors), short)
-    return fill(
-        tuned, slots(tuned, base, {Adapter: parts}, ""), {short(k): x for k, x in tensors.items()}, {}, str(file)
-    )
+    twice = [name for name in held.found if name != short(name) and short(name) in held.found]
+    odd = {short(name): fault for name, fault in held.faults.items()}
+    odd |= {short(name): f"twice: {short(name)} stands with and without {kind!r} before the name" for name in twice}
+    parts = _parts(roles, page.name, any("output_adapters." in name for name in held.found), short)
+    short_held = Tensors(held.file, {short(name): x for name, x in held.found.items()}, odd)
+    return fill(fresh, slots(fresh, base, {Adapter: parts}, ""), short_held, {})
 
 
-def _config(page: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """The adapter's settings, each of which is supported."""
-    config = page.get("config")
-    if not isinstance(config, dict) or not isinstance(page.get("name"), str):
-        raise ValueError(f"{where} is no adapter's of AdapterHub: expected `config`, an object, and `name`")
-    faults = [f"{k} is {config.get(k)!r}, expected {v!r}" for k, v in FIXED.items() if config.get(k, v) != v]
-    known = {*FIXED, *READ, *REMARKS}
-    faults += [
-        f"{k}={v!r} is not supported (nearest that is: {near(k, known)})" for k, v in config.items() if k not in known
-    ]
-    if _shape(config) not in KINDS:
-        faults.append(
-            f"(mh_adapter, is_parallel, original_ln_before) is {_shape(config)}, expected one of {list(KINDS)}"
-        )
-    activation, reduction, scaling = (config.get(k) for k in ("non_linearity", "reduction_factor", "scaling"))
-    if activation not in ACTIVATIONS:
-        faults.append(f"non_linearity is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
-    if reduction is None or not is_number(reduction) or reduction <= 0:
-        faults.append(f"reduction_factor is {reduction!r}, expected a positive number for all layers")
-    if not is_number(scaling) and not (scaling == "learned" and config.get("is_parallel") is True):
-        faults.append(f"scaling is {scaling!r}, expected a number, or 'learned' for a parallel adapter")
-    left = config.get("leave_out", [])
-    if not isinstance(left, list) or not all(map(is_whole, left)):
-        faults.append(f"leave_out is {left!r}, expected numbers of layers")
-    if faults:
-        raise ValueError(f"{where} cannot be read:\n  " + "\n  ".join(faults))
-    return config
-
-
-def _shape(config: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(config.get(key) is True for key in ("mh_adapter", "is_parallel", "original_ln_before"))
-
-
-def _method(config: Mapping[str, Any], base: Base) -> Method:
-    learned = config["scaling"] == "learned"
-    out = [
-        s.path
-        for s in base.spots.values()
-        if set(map(int, re.findall(r"\.(\d+)\.", s.name))) & set(config.get("leave_out", []))
-    ]
+def _method(page: Page, base: Base) -> Method:
+    left, settings = set(page.settings["leave_out"]), page.settings
+    out = [s.path for s in base.spots.values() if set(map(int, re.findall(r"\.(\d+)\.", s.name))) & left]
     return adapter(
-        "scaled_parallel" if learned else KINDS[_shape(config)],
-        reduction=config["reduction_factor"],
-        activation=ACTIVATIONS[config["non_linearity"]],
-        scale=None if learned else config["scaling"],
+        page.kind,
+        reduction=settings["reduction_factor"],
+        activation=ACTIVATIONS[settings["non_linearity"]],
+        scale=None if settings["scaling"] == "learned" else settings["scaling"],
         exclude=regex(out) if out else (),
     )
 

@@ -161,26 +161,25 @@ def about(where: Path) -> Iterator[None]:
         raise ValueError(f"{where}: {error}") from error
 
 
-def read_options(page: Mapping[str, Any], known: Mapping[str, Option], where: str) -> dict[str, Any]:
-    """The options of a page with their defaults.
+def read_options(page: Mapping[str, Any], known: Mapping[str, Option]) -> tuple[dict[str, Any] | None, list[str]]:
+    """The options of a page with their defaults, or None where one cannot be used; and every fault.
 
-    Raises:
-      ValueError: lists every option of a wrong type, and every one that is not supported and is not switched off.
+    A fault is an option of a wrong type, or one that is not supported and is not switched off; the others can be used.
     """
-    faults = []
-    for key, value in page.items():
-        if key in known:
-            faults += known[key].faults(key, value)
-        elif key not in REMARKS and value not in (None, False, 0, "", [], {}):
-            faults.append(f"{key}={value!r} is not supported (nearest that is: {near(key, known)})")
-    faults += [
+    wrong = [fault for key, value in page.items() if key in known for fault in known[key].faults(key, value)]
+    wrong += [
         f"{key} is missing, expected {option.expected}"
         for key, option in known.items()
         if key not in page and not option.valid(option.default)
     ]
-    if faults:
-        raise ValueError(f"{where} cannot be read:\n  " + "\n  ".join(faults))
-    return {key: page.get(key, option.default) for key, option in known.items()}
+    others = {key: value for key, value in page.items() if key not in {*known, *REMARKS}}
+    more = [
+        f"{key}={value!r} is not supported (nearest that is: {near(key, known)})"
+        for key, value in others.items()
+        if value not in (None, False, 0, "", [], {})
+    ]
+    options = {key: page.get(key, option.default) for key, option in known.items()}
+    return None if wrong else options, wrong + more
 
 
 # What every method of peft says of the modules that it adapts.

@@ -2,43 +2,22 @@
 
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
-from peftjax import method as methods
 from peftjax.copies import Full
-from peftjax.flat import near, not_finite
+from peftjax.flat import not_finite
 from peftjax.folders import replacing
-from peftjax.interop import (
-    peft_adalora,
-    peft_ia3,
-    peft_ln,
-    peft_loha,
-    peft_lokr,
-    peft_lora,
-    peft_oft,
-    peft_prefix,
-    peft_prompt,
-    peft_tokens,
-    peft_vera,
-)
 from peftjax.interop.base import Base
-from peftjax.interop.config import CONFIG, about, read_options, read_page, write_page
-from peftjax.interop.formats import (
-    Format,
-    Options,
-    adapted_modules,
-    full_parts,
-    full_plain,
-    saved_page,
-    tables,
-    untouched,
-)
+from peftjax.interop.config import CONFIG, about, write_page
+from peftjax.interop.faults import Faults
+from peftjax.interop.formats import adapted_modules, full_parts, full_plain, saved_page, tables, untouched
 from peftjax.interop.layout import is_conv1d
 from peftjax.interop.names import Names, spots
-from peftjax.interop.slots import Slot, fill, read_slots, slots
-from peftjax.interop.tensors import read_folder, write_tensors
+from peftjax.interop.peft_formats import Read, format_of, read, slots_of
+from peftjax.interop.slots import fill, read_slots, unfit_anywhere
+from peftjax.interop.tensors import Tensors, read_folder, write_tensors
 from peftjax.interop.turning import Rope
 from peftjax.method import Method
 from peftjax.overlay import layers
@@ -47,29 +26,6 @@ from peftjax.roles import Roles
 from peftjax.tree import entries, map_layers, strip
 
 TENSORS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
-FORMATS: dict[str, Format] = {
-    "LORA": peft_lora.FORMAT,
-    "ADALORA": peft_adalora.FORMAT,
-    "IA3": peft_ia3.FORMAT,
-    "PROMPT_TUNING": peft_prompt.FORMAT,
-    "P_TUNING": peft_prompt.OF_NETWORKS,
-    "LOHA": peft_loha.FORMAT,
-    "LOKR": peft_lokr.FORMAT,
-    "VERA": peft_vera.FORMAT,
-    "OFT": peft_oft.FORMAT,
-    "PREFIX_TUNING": peft_prefix.FORMAT,
-    "LN_TUNING": peft_ln.FORMAT,
-    "TRAINABLE_TOKENS": peft_tokens.FORMAT,
-}
-
-
-class Read(NamedTuple):
-    """An adapter's configuration, read: how the method is stored, its options, the model, and the method itself."""
-
-    format: Format
-    options: dict[str, Any]
-    base: Base
-    method: Method
 
 
 def method(path: str | os.PathLike[str], params: Any, roles: Roles, names: Names = None) -> Method:
@@ -87,7 +43,8 @@ def method(path: str | os.PathLike[str], params: Any, roles: Roles, names: Names
     Raises:
       ValueError: an unknown method, options that are of a wrong type or not supported, or that name no module.
     """
-    return _read(Path(path), params, roles, names).method
+    faults = Faults()
+    return faults.none(faults.of(read, Path(path), params, roles, names, faults)).method
 
 
 def load(
@@ -122,42 +79,29 @@ def load(
     Raises:
       ValueError: lists everything in the folder that is damaged, unknown, not supported, or does not fit the model.
     """
-    folder = Path(path)
-    found = _read(folder, params, roles, names, rope)
-    file, tensors = read_folder(folder, TENSORS, PICKLE, pickles)
+    folder, faults = Path(path), Faults()
+    found = faults.of(read, folder, params, roles, names, faults, rope)
+    held = faults.of(read_folder, folder, TENSORS, PICKLE, pickles)
+    fresh = None if found is None else faults.of(_fresh, found, folder, params, roles)
+    filled = None
+    if found is not None and fresh is not None and held is not None:
+        filled = faults.of(_filled, fresh, found, held, params)
+    elif held is not None:
+        faults.add(f"{held.file} fits no model", unfit_anywhere(held))
+    whole, found = faults.none(filled), faults.none(found)
     with about(folder / CONFIG):
-        tuned = found.format.begun(found.method.init(jax.random.key(0), params, roles), found.options, found.base)
-    wanted = _slots(tuned, found.format, found.base, found.options)
-    beside = found.format.beside(found.options, found.base, params)
-    prefixed = {found.format.prefix + name: value for name, value in beside.items()}
-    filled = fill(tuned, wanted, tensors, prefixed, str(file))
+        return found.format.restored(whole, found.base, found.options)
+
+
+def _fresh(found: Read, folder: Path, params: Any, roles: Roles) -> Any:
     with about(folder / CONFIG):
-        return found.format.restored(filled, found.base, found.options)
+        return found.format.begun(found.method.init(jax.random.key(0), params, roles), found.options, found.base)
 
 
-def _read(folder: Path, params: Any, roles: Roles, names: Names, rope: Rope = None) -> Read:
-    page = read_page(folder)
-    kind = page.get("peft_type")
-    if not isinstance(kind, str) or kind not in FORMATS:
-        raise ValueError(
-            f"{folder / CONFIG}: peft_type is {kind!r}, expected one of {', '.join(FORMATS)} "
-            f"(nearest: {near(str(kind), FORMATS)})"
-        )
-    format = FORMATS[kind]
-    options = read_options(page, format.options, str(folder / CONFIG))
-    base = Base(spots(params, roles, names), rope)
-    with about(folder / CONFIG):
-        if rope is not None and format is not peft_prefix.FORMAT:
-            raise ValueError(
-                f"rope={rope!r} says nothing of {kind}; it is for a prefix of a model with rotary positions"
-            )
-        return Read(format, options, base, methods.chain(*format.method(options, base)))
-
-
-def _slots(tuned: Any, format: Format, base: Base, options: Options) -> list[Slot]:
-    whole = full_parts(adapted_modules(tuned, base, format), format.inside)
-    parts = {**format.parts, **format.extra.parts, Full: whole}
-    return format.placed(slots(tuned, base, parts, format.prefix), base, options)
+def _filled(fresh: Any, found: Read, held: Tensors, params: Any) -> Any:
+    format, base, options = found.format, found.base, found.options
+    beside = {format.prefix + name: value for name, value in format.beside(options, base, params).items()}
+    return fill(fresh, slots_of(fresh, format, base, options), held, beside)
 
 
 def save(
@@ -188,7 +132,7 @@ def save(
       ValueError: overlays that peft has no file for, of several methods, or not finite; names that are not one-to-one.
     """
     base = Base(spots(strip(tuned), roles, names), rope, heads)
-    format = _format(tuned)
+    format = format_of(tuned)
     tuned = format.stored(tuned, base)
     plain = {Full: full_plain, **format.plain, **format.extra.plain}
     tuned = map_layers(lambda _, x: plain.get(type(x), lambda same: same)(x), tuned)
@@ -211,7 +155,7 @@ def save(
     page = {**format.page(of(format.parts), base), **saved, "task_type": task_type, "inference_mode": True}
     if any(is_conv1d(spot) for spot in base.spots.values() if spot.module in adapted):
         page["fan_in_fan_out"] = True
-    tensors = read_slots(tuned, _slots(tuned, format, base, {}))
+    tensors = read_slots(tuned, slots_of(tuned, format, base, {}))
     leaves = dict(flatten(strip(tuned)))
     parts = full_parts(adapted, format.inside)
     for spot in held:
@@ -222,20 +166,3 @@ def save(
     with replacing(Path(os.path.realpath(path)), {TENSORS, CONFIG}) as new:
         write_tensors(new / TENSORS, tensors)
         write_page(new / CONFIG, page)
-
-
-def _holds(format: Format, kinds: set[type]) -> bool:
-    return bool(kinds & set(format.parts)) and kinds <= set(format.parts) | set(format.extra.parts)
-
-
-def _format(tuned: Any) -> Format:
-    kinds = {type(x) for _, leaf in flatten(tuned) for x in layers(leaf)}
-    kinds = kinds - {Full} or kinds
-    fits = [format for format in FORMATS.values() if _holds(format, kinds)]
-    if not fits:
-        known = sorted({kind.__name__ for format in FORMATS.values() for kind in format.parts} - {Full.__name__})
-        raise ValueError(
-            f"peft has no file for {', '.join(sorted(kind.__name__ for kind in kinds)) or 'this tree'}; expected "
-            f"overlays of one of its methods: {', '.join(known)}"
-        )
-    return fits[0]

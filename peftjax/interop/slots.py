@@ -9,6 +9,7 @@ from peftjax.flat import near, replaced
 from peftjax.interop.base import Base
 from peftjax.interop.layout import Layout, layout
 from peftjax.interop.names import Spot
+from peftjax.interop.tensors import Tensors
 from peftjax.overlay import Overlay, layers
 from peftjax.paths import flatten
 from peftjax.tree import entries
@@ -113,25 +114,35 @@ def read_slots(tuned: Any, wanted: Iterable[Slot]) -> dict[str, np.ndarray]:
     return made
 
 
-def fill(
-    tuned: Any, wanted: Sequence[Slot], tensors: Mapping[str, np.ndarray], beside: Mapping[str, Any], where: str
-) -> Any:
+def fill(tuned: Any, wanted: Sequence[Slot], held: Tensors, beside: Mapping[str, Any]) -> Any:
     """The tree with a file's tensors in its fields.
 
     Args:
       tuned: a tree that a method has just initialised.
       wanted: the tensors that fill it; together they hold everything that trains.
-      tensors: what the file holds.
+      held: what the file holds.
       beside: further names the file may hold: an array that must be equal, or None where the value does not count.
-      where: the file, for errors.
 
     Raises:
-      ValueError: lists every tensor that is missing, unknown, of another shape or type, not finite, or not equal.
+      ValueError: lists every tensor that is missing, unknown, there twice, of another shape or type, not finite, or not
+        equal.
     """
-    expected = {slot.name: slot.shape for slot in wanted}
-    faults = [
-        f"missing: {n} {_shape(s)} (nearest: {near(n, tensors)})" for n, s in expected.items() if n not in tensors
-    ]
+    tensors, expected = held.found, {slot.name: slot.shape for slot in wanted}
+    faults = _misfits(expected, held, beside) or _unequal(wanted, tensors)
+    if faults:
+        raise ValueError(f"{held.file} does not fit this model:\n  " + "\n  ".join(faults))
+    keys = {slot.key for slot in wanted}
+    flat = {e.key: np.array(e.value) for e in entries(tuned) if e.key in keys}
+    for slot in wanted:
+        slot.layout.write(flat[slot.key], slot.cut(tensors[slot.name]).astype(np.float32))
+    return replaced(tuned, keys, flat)
+
+
+def _misfits(expected: Mapping[str, tuple[int, ...]], held: Tensors, beside: Mapping[str, Any]) -> list[str]:
+    tensors = held.found
+    lost = [n for n in expected if n not in tensors and n not in held.faults]
+    faults = [f"missing: {n} {_shape(expected[n])} (nearest: {near(n, tensors)})" for n in lost]
+    faults += held.faults.values()
     for name, tensor in tensors.items():
         if name in expected:
             faults += _faults(name, tensor, expected[name])
@@ -139,14 +150,12 @@ def fill(
             faults.append(f"unknown: {name} {_shape(tensor.shape)} (nearest: {near(name, expected)})")
         elif beside[name] is not None and not np.array_equal(tensor, beside[name]):
             faults.append(f"other base: {name} {_shape(tensor.shape)} is not what the parameters hold")
-    faults = faults or _unequal(wanted, tensors)
-    if faults:
-        raise ValueError(f"{where} does not fit this model:\n  " + "\n  ".join(faults))
-    keys = {slot.key for slot in wanted}
-    flat = {e.key: np.array(e.value) for e in entries(tuned) if e.key in keys}
-    for slot in wanted:
-        slot.layout.write(flat[slot.key], slot.cut(tensors[slot.name]).astype(np.float32))
-    return replaced(tuned, keys, flat)
+    return faults
+
+
+def unfit_anywhere(held: Tensors) -> list[str]:
+    """What is wrong with a file's tensors in any model: those there twice, of a wrong type, or not finite."""
+    return [*held.faults.values(), *(x for n, tensor in held.found.items() for x in _faults(n, tensor, tensor.shape))]
 
 
 def _unequal(wanted: Sequence[Slot], tensors: Mapping[str, np.ndarray]) -> list[str]:
