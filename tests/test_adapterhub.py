@@ -96,9 +96,14 @@ DAMAGES = {
         for key, v in (("output_adapter", 1), ("ln_after", 0), ("phm_layer", None), ("stochastic_depth", False))
     },
     **{f"a scale {v!r}": (page(scaling=v), "scaling is .*, expected a number") for v in ("learnt", True, None)},
+    "another width": (whole_page(hidden_size=64), "hidden_size is 64, expected 32, the model's features"),
     **{
         f"a width of {v!r}": (whole_page(hidden_size=v), f"hidden_size is {v!r}, expected an integer")
         for v in ("32", 0, True, 32.0)
+    },
+    **{
+        f"an adapter of {v}": (whole_page(model_type=v), f"model_type is '{v}', expected one of bert, .*roberta")
+        for v in ("llama", "gpt2", "distilbert", "deberta-v2", "vit", "albert")
     },
     "a type that is no text": (whole_page(model_type=3), "model_type is 3, expected a text"),
     "a layer left out": (page(leave_out=[0]), "unknown: encoder.layer.0"),
@@ -140,7 +145,7 @@ def test_faults_of_page_and_tensors_are_one_error(models, tmp_path):
     known, unknown = page(ln_before=True, reduction_factor=2), page(non_linearity=[], ln_before=True)
     for k, (changes, said) in enumerate(
         (
-            ([known], ["ln_before is True", "shape: "]),
+            ([known, whole_page(hidden_size=64)], ["ln_before is True", "hidden_size is 64", "shape: "]),
             ([unknown, broken], ["ln_before is True", "non_linearity is []", "not finite: "]),
         )
     ):
@@ -150,6 +155,22 @@ def test_faults_of_page_and_tensors_are_one_error(models, tmp_path):
         with pytest.raises(ValueError) as caught:
             adapterhub.load(tmp_path / str(k), params, roles)
         assert [fault for fault in said if fault not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize("first,kind", [("bert", "roberta"), ("roberta", "bert"), ("roberta", "electra")])
+def test_names_that_begin_with_a_type_say_the_model(first, kind, models, tmp_path):
+    """BERT, RoBERTa and ELECTRA have the same modules; what cannot be told apart, or is not known, is read."""
+    fn, params, args, _ = models["bert"]
+    params = {first: params}
+    roles = pj.roles(lambda params, *args: fn(params[first], *args), params, *args)
+    shutil.copytree(GOLDEN / "bert" / "seq_bn", tmp_path / "a")
+    tensors(lambda t, _: [t.__setitem__(f"{first}.{k}", t.pop(k)) for k in list(t)])(tmp_path / "a")
+    for fits in (first, "a-model-of-tomorrow", None):
+        whole_page(model_type=fits)(tmp_path / "a")
+        assert pj.extract(adapterhub.load(tmp_path / "a", params, roles))
+    whole_page(model_type=kind)(tmp_path / "a")
+    with pytest.raises(ValueError, match=f"model_type is '{kind}', expected one of .*{first}"):
+        adapterhub.load(tmp_path / "a", params, roles)
 
 
 def test_layers_left_out_hold_no_adapter(models, tmp_path):

@@ -11,11 +11,14 @@ from peftjax.interop.adapterhub_config import ACTIVATIONS, Page, read_config
 from peftjax.interop.base import Base, regex
 from peftjax.interop.config import CONFIG, about, read_page
 from peftjax.interop.faults import Faults
+from peftjax.interop.model_types import unlike
 from peftjax.interop.names import Names, Spot, spots
 from peftjax.interop.slots import Part, Parts, fill, slots, unfit_anywhere
 from peftjax.interop.tensors import Tensors, read_folder
 from peftjax.method import Method
 from peftjax.methods.adapter import Adapter, adapter
+from peftjax.overlay import layers
+from peftjax.paths import flatten
 from peftjax.roles import Roles
 
 TENSORS, PICKLE = "adapter.safetensors", "pytorch_adapter.bin"
@@ -42,10 +45,12 @@ def load(path: str | os.PathLike[str], params: Any, roles: Roles, names: Names =
     """
     folder, faults = Path(path), Faults()
     base = Base(spots(params, roles, names))
-    page = faults.of(_page, folder, faults)
+    page = faults.of(_page, folder, base, faults)
     held = faults.of(read_folder, folder, TENSORS, PICKLE, pickles)
     fresh = None if page is None else faults.of(_fresh, page, folder, params, roles, base)
     filled = None
+    if page is not None and fresh is not None:
+        faults.add(f"{folder / CONFIG} is of another model", _widths(page, fresh))
     if page is not None and fresh is not None and held is not None:
         filled = faults.of(_filled, fresh, page, roles, base, held)
     elif held is not None:
@@ -53,16 +58,26 @@ def load(path: str | os.PathLike[str], params: Any, roles: Roles, names: Names =
     return faults.none(filled)
 
 
-def _page(folder: Path, faults: Faults) -> Page | None:
+def _page(folder: Path, base: Base, faults: Faults) -> Page | None:
     where = str(folder / CONFIG)
     page, wrong = read_config(read_page(folder), where)
     faults.add(f"{where} cannot be read", wrong)
+    faults.add(f"{where} is of another model", unlike(page and page.model_type, base))
     return page
 
 
 def _fresh(page: Page, folder: Path, params: Any, roles: Roles, base: Base) -> Any:
     with about(folder / CONFIG):
         return _method(page, base).init(jax.random.key(0), params, roles)
+
+
+def _widths(page: Page, tuned: Any) -> list[str]:
+    """A line where the adapters stand in a model of another width than the page says."""
+    found = [x for _, leaf in flatten(tuned) for x in layers(leaf) if isinstance(x, Adapter)]
+    widths = sorted({x.down.shape[x.labels()["down"].index("features")] for x in found})
+    if page.hidden_size is None or widths == [page.hidden_size]:
+        return []
+    return [f"hidden_size is {page.hidden_size}, expected {' and '.join(map(str, widths))}, the model's features"]
 
 
 def _filled(fresh: Any, page: Page, roles: Roles, base: Base, held: Tensors) -> Any:
