@@ -33,6 +33,11 @@ class Base:
         """The names of the modules that have parameters."""
         return list(dict.fromkeys(spot.module for spot in self.spots.values()))
 
+    def nearest(self, entry: str, modules: Iterable[str] | None = None) -> str:
+        """The modules whose names, or their ends, are most like an entry of a configuration, for an error message."""
+        paths = [module.replace(".", "/") for module in (self.modules if modules is None else modules)]
+        return near(entry.replace(".*", "").replace(".", "/"), paths).replace("/", ".")
+
     def at(self, path: str) -> list[Spot]:
         """The parameters that one leaf holds."""
         return [spot for spot in self.spots.values() if spot.path == path]
@@ -48,7 +53,7 @@ class Base:
             wanted = options["target_modules"]
             last = wanted if isinstance(wanted, str) else (wanted or [""])[0]
             raise ValueError(
-                f"target_modules={wanted!r} names no module of this model (nearest: {near(last, self.modules)}); does "
+                f"target_modules={wanted!r} names no module of this model (nearest: {self.nearest(last)}); does "
                 "`names` map its leaves to the torch names?"
             )
         return hit

@@ -25,6 +25,7 @@ from peftjax.interop.faults import Faults
 from peftjax.interop.formats import Format, Options, adapted_modules, full_parts
 from peftjax.interop.names import Names, spots
 from peftjax.interop.slots import Slot, slots
+from peftjax.interop.strays import strays
 from peftjax.interop.turning import Rope
 from peftjax.method import Method
 from peftjax.overlay import layers
@@ -59,7 +60,7 @@ class Read(NamedTuple):
 def read(folder: Path, params: Any, roles: Roles, names: Names, faults: Faults, rope: Rope = None) -> Read | None:
     """What the configuration in a folder says of a model; None where an option cannot be used.
 
-    Options that are of a wrong type or not supported are added to the faults.
+    Options that are of a wrong type or not supported, and entries that name nothing, are added to the faults.
 
     Raises:
       ValueError: there is no configuration, of a method of peft; or it names no module, or what cannot be adapted.
@@ -76,6 +77,7 @@ def read(folder: Path, params: Any, roles: Roles, names: Names, faults: Faults, 
     base = Base(spots(params, roles, names), rope)
     if options is None:
         return None
+    faults.add(f"{where} cannot be read", strays(options, format.options, base))
     with about(where):
         if rope is not None and format is not peft_prefix.FORMAT:
             raise ValueError(

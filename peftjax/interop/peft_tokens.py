@@ -2,7 +2,6 @@
 
 from typing import Any, Iterator, Sequence
 
-from peftjax.flat import near
 from peftjax.interop import config
 from peftjax.interop.base import Base, regex
 from peftjax.interop.formats import Extra, Format, Options, Tuned
@@ -66,7 +65,7 @@ def _indices(said: Any, base: Base) -> list[tuple[Spot, Ids]]:
         if not (HEAD.endswith(name) and any(s.is_tied and ids == said[name] for s, ids in made)):
             raise ValueError(
                 f"trainable_token_indices names {name!r}, for which this model has no weight of its own, or other tokens "
-                f"(nearest: {near(name, base.modules)})"
+                f"(nearest: {base.nearest(name)})"
             )
     return made
 

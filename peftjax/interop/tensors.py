@@ -59,13 +59,13 @@ def read_tensors(path: Path) -> Tensors:
     except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from None
     odd = {name: view["dtype"] for name, view in views.items() if view["dtype"] not in DTYPES}
-    faults = {name: f"type: {name} is of type {kind}, expected one of {', '.join(DTYPES)}" for name, kind in odd.items()}
+    faults = {name: f"type: {name} is {kind}, expected one of {', '.join(DTYPES)}" for name, kind in odd.items()}
     faults |= {name: f"twice: {name} stands in the file more than once" for name in twice}
     return Tensors(path, {name: _array(view) for name, view in views.items() if name not in odd}, faults)
 
 
 def _views(data: bytes) -> tuple[dict[str, Mapping[str, Any]], list[str]]:
-    """The tensors of a file, and the names that stand twice, which the reader of safetensors lets pass, or calls damage."""
+    """The tensors of a file, and the names that stand twice, which safetensors itself lets pass, or calls damage."""
     size = int.from_bytes(data[:8], "little")
     if len(data) < 8 or size > len(data) - 8:
         raise ValueError(f"its header would be {size} bytes long, and the file has {len(data)}")
