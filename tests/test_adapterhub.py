@@ -83,6 +83,7 @@ DAMAGES = {
     "a placement of its own": (page(mh_adapter=True, is_parallel=True), r"expected one of \[\(True, False, False\)"),
     "an unknown activation": (page(non_linearity="mish"), "non_linearity is 'mish', expected one of relu"),
     "a reduction for each layer": (page(reduction_factor={"default": 16}), "expected a positive number for all layers"),
+    "a width beyond all memory": (page(reduction_factor=1e-300), "reduction_factor is 1e-300, expected a positive number"),
     "another reduction": (page(reduction_factor=2), r"shape: .*adapter_down.0.bias is \[2\], expected \[16\]"),
     "a learned scale of a serial adapter": (page(scaling="learned"), "scaling is 'learned', expected a number"),
     **{f"an activation {v!r}": (page(non_linearity=v), "non_linearity is .*, expected one of") for v in ([], {}, 1)},

@@ -284,7 +284,7 @@ DAMAGES = {
         for d in ("int32", "int8", "bool", "float64", "uint8")
     },
     **{f"r is {v!r}": page(r=v) for v in (0, -1, 17, 3, 4, 2.5, "2", None, True, [2], 10**12)},
-    **{f"lora_alpha is {v!r}": page(lora_alpha=v) for v in ("8", None, [], True, float("nan"), float("inf"))},
+    **{f"lora_alpha is {v!r}": page(lora_alpha=v) for v in ("8", None, [], True, float("nan"), float("inf"), 1e300)},
     **{f"peft_type is {v!r}": page(peft_type=v) for v in (..., None, "LORRA", "lora", 3, [], "XLORA")},
     **{
         f"target_modules is {v!r}": page(target_modules=v)

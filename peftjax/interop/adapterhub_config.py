@@ -54,7 +54,7 @@ OPTIONS = {
     "non_linearity": Option(
         None, lambda x: isinstance(x, str) and x in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}"
     ),
-    "reduction_factor": Option(None, lambda x: is_number(x) and x > 0, "a positive number for all layers"),
+    "reduction_factor": Option(None, lambda x: is_number(x) and x >= 1e-3, "a positive number for all layers, at least 0.001"),
     "scaling": Option(None, lambda x: is_number(x) or x == "learned", "a number, or 'learned' for a parallel adapter"),
     "leave_out": Option([], lambda x: isinstance(x, list) and all(map(is_whole, x)), "numbers of layers"),
 }

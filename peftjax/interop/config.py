@@ -57,8 +57,8 @@ def is_whole(x: Any) -> bool:
 
 
 def is_number(x: Any) -> bool:
-    """Whether x is a number, and finite."""
-    return (is_whole(x) and abs(x) < 2**53) or (isinstance(x, float) and abs(x) < float("inf"))
+    """Whether x is a number, and finite in float32."""
+    return (is_whole(x) and abs(x) < 2**53) or (isinstance(x, float) and abs(x) < 2.0**128)
 
 
 def _strings(x: Any) -> bool:
@@ -78,7 +78,7 @@ def whole(default: int | None, least: int = 0, needed: bool = False) -> Option:
 
 def number(default: float) -> Option:
     """A number."""
-    return Option(default, is_number, "a finite number")
+    return Option(default, is_number, "a finite number of float32")
 
 
 def flag(default: bool) -> Option:
