@@ -15,7 +15,10 @@ PACKAGES = ("peftjax", "jax", "flax", "optax", "numpy", "tokenizers", "tensorflo
 
 
 def append(path: Path, config: Mapping[str, Any], results: Mapping[str, Any]) -> None:
-    """Appends a line of JSON: when, the commit, versions, the device, the configuration and the results."""
+    """Appends a line of JSON: when, the commit, versions, the device, the configuration and the results.
+
+    A last row that is half written is taken out first: the new one would lie on its line, and both would be lost.
+    """
     row = {
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
@@ -31,6 +34,7 @@ def append(path: Path, config: Mapping[str, Any], results: Mapping[str, Any]) ->
         "results": dict(results),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
+    _mend(path)
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
 
@@ -43,10 +47,8 @@ def read(path: Path) -> list[dict[str, Any]]:
     Raises:
       ValueError: another row is no JSON object.
     """
-    if not path.is_file():
-        return []
     _mend(path)
-    rows = [_row(line) for line in path.read_text().splitlines()]
+    rows = [_row(line) for line in path.read_text().splitlines()] if path.is_file() else []
     if bad := [k for k, row in enumerate(rows, 1) if row is None]:
         raise ValueError(f"{path}, line {bad[0]} is no row of results; expected a JSON object on each line")
     return [row for row in rows if row is not None]
@@ -54,7 +56,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def _mend(path: Path) -> None:
     """Ends the last row if that is all it lacks, or takes it out; the rows before it are not written again."""
-    data = path.read_bytes()
+    data = path.read_bytes() if path.is_file() else b""
     whole = data.rfind(b"\n") + 1
     if whole < len(data):
         with path.open("r+b") as file:
