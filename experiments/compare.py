@@ -25,9 +25,10 @@ from rich.console import Console
 import peftjax as pj
 from experiments import assets, baselines, comparison, finetune, recipes
 from experiments.data import Dataset, Rows
+from experiments.interruption import Interrupted
 from experiments.ledger import Ledger
 from experiments.pages import check_numbers, listed
-from experiments.sweep import Setting, kept, read_winners, subset
+from experiments.sweep import Setting, kept, place, read_winners, subset
 from experiments.tasks import TASKS
 from experiments.text_model import Page, TextModel
 
@@ -98,7 +99,8 @@ def run(c: ml_collections.ConfigDict, console: Console) -> list[dict[str, Any]]:
         lab = Lab(c, console)
         for n, one in enumerate(todo, 1):
             console.print(f"{n} of {len(todo)}: {one.method}, {one.rows:,} rows, seed {one.seed}")
-            ledger.add(settings[one], {**dataclasses.asdict(one), **lab.result(one, pages[one])})
+            where = None if one.method in BASELINES else place(pages[one], "compare", one.rows, settings[one])
+            ledger.add(settings[one], {**dataclasses.asdict(one), **lab.result(one, pages[one], where)})
     results = [found for one in wanted if (found := ledger.find(settings[one])) is not None]
     console.print(comparison.table(results))
     places = comparison.write(results, Path(c.out))
@@ -144,10 +146,10 @@ class Lab:
         """The test rows, opened when the first run has made its choices."""
         return self.data.test.open()
 
-    def result(self, one: Run, c: ml_collections.ConfigDict) -> dict[str, Any]:
+    def result(self, one: Run, c: ml_collections.ConfigDict, where: finetune.Place | None) -> dict[str, Any]:
         """What a run gives: which test rows it has right, its curves, the seconds of training, and what trained."""
         training = subset(self.data.train, one.rows, one.seed)
-        found = self._baseline(one, training) if one.method in BASELINES else self._trained(c, training)
+        found = self._baseline(one, training) if where is None else self._trained(c, training, where)
         answers = found.pop("answers")
         correct = answers == self.test.labels
         found |= {
@@ -159,8 +161,8 @@ class Lab:
         self.console.print("  " + ", ".join(f"{name} {x:,.3f}" for name, x in shown.items()), highlight=False)
         return found
 
-    def _trained(self, c: ml_collections.ConfigDict, training: Rows) -> dict[str, Any]:
-        fitted = finetune.fit(c, self.model, training, self.data.validation, self.console, self._tools)
+    def _trained(self, c: ml_collections.ConfigDict, training: Rows, where: finetune.Place) -> dict[str, Any]:
+        fitted = finetune.fit(c, self.model, training, self.data.validation, self.console, self._tools, where)
         went = fitted.trained.progress
         return {
             "answers": fitted.answers(self.test),
@@ -190,7 +192,7 @@ def main(_: list[str]) -> None:
         c.update(QUICK)
     try:
         run(c, Console())
-    except (ValueError, FloatingPointError, assets.Missing) as error:
+    except (ValueError, FloatingPointError, assets.Missing, Interrupted) as error:
         raise SystemExit(f"compare: {error}") from error
 
 

@@ -17,7 +17,7 @@ import functools
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Mapping
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -115,6 +115,25 @@ class Fitted:
 Tools = dict[Any, tuple[pj.TrainStep, Callable[..., np.ndarray]]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a run leaves its checkpoints and logs, and the run that it is.
+
+    Attributes:
+      folder: of this run alone.
+      settings: the values on which it depends; with others, its checkpoints are not gone on from.
+    """
+
+    folder: Path
+    settings: Mapping[str, Any]
+
+
+def place(c: ml_collections.ConfigDict) -> Place:
+    """That of the run of a page."""
+    settings = {name: value for name, value in c.to_dict().items() if name not in FREE}
+    return Place(folder_of_run(c), settings)
+
+
 def fit(
     c: ml_collections.ConfigDict,
     model: TextModel,
@@ -122,6 +141,7 @@ def fit(
     validation: Rows,
     console: Console,
     tools: Tools | None = None,
+    where: Place | None = None,
 ) -> Fitted:
     """Trains on some rows and chooses the epoch on others.
 
@@ -131,6 +151,7 @@ def fit(
       console: where to print.
       tools: what earlier runs of this model compiled, to which this one adds: runs that differ in their learning rate,
         seed and rows alone share it.
+      where: the run's place; by default that of the page. Runs that a page does not tell apart need their own.
 
     Raises:
       ValueError: fewer rows than a batch, a mesh that several processes lack, or a method that is not known.
@@ -170,7 +191,8 @@ def fit(
         loss, aux = task.loss(jax.numpy.asarray(out), everything)
         return Score(value, float(loss / aux["weight"]))
 
-    with _shown(c, console, task.metric) as shown, _runs(c, method, roles) as runs:
+    where = place(c) if where is None else where
+    with _shown(c, console, task.metric, where) as shown, _runs(c, method, roles, where) as runs:
         trained = train(step, state, epoch, validate, Limits(c.epochs, c.patience), shown, runs, c.every)
 
     def answers(rows: Rows) -> np.ndarray:
@@ -181,23 +203,23 @@ def fit(
 
 
 @contextlib.contextmanager
-def _shown(c: ml_collections.ConfigDict, console: Console, metric: str) -> Any:
+def _shown(c: ml_collections.ConfigDict, console: Console, metric: str, where: Place) -> Any:
     with contextlib.ExitStack() as stack:
         places = [display.Bar(console, metric)]
         if c.tensorboard and processes.is_first():
-            places.append(logs.TensorBoard(folder_of_run(c) / "tensorboard", metric))
+            places.append(logs.TensorBoard(where.folder / "tensorboard", metric))
         if c.profile:
-            places.append(logs.Profile(folder_of_run(c) / "profile", c.profile))
+            places.append(logs.Profile(where.folder / "profile", c.profile))
         yield logs.Together([stack.enter_context(place) for place in places])
 
 
-def _runs(c: ml_collections.ConfigDict, method: pj.Method, roles: pj.Roles) -> Any:
+def _runs(c: ml_collections.ConfigDict, method: pj.Method, roles: pj.Roles, where: Place) -> Any:
     if c.resume not in ("auto", "no"):
         raise ValueError(f"resume {c.resume!r}; expected auto or no")
     if c.resume == "no":
         return contextlib.nullcontext()
-    settings = {name: value for name, value in c.to_dict().items() if name not in FREE}
-    return Runs(folder_of_run(c) / "checkpoints", method, roles, metric="epoch", lowest=False, settings=settings)
+    folder = where.folder / "checkpoints"
+    return Runs(folder, method, roles, metric="epoch", lowest=False, settings=where.settings)
 
 
 def folder_of_run(c: ml_collections.ConfigDict) -> Path:

@@ -25,6 +25,7 @@ from rich.table import Table
 import peftjax as pj
 from experiments import assets, finetune, recipes
 from experiments.data import Rows
+from experiments.interruption import Interrupted
 from experiments.ledger import Ledger
 from experiments.pages import check_numbers, listed
 from experiments.tasks import TASKS
@@ -84,6 +85,14 @@ def kept(c: ml_collections.ConfigDict, method: str, free: tuple[str, ...]) -> di
     return {**{name: x for name, x in page.items() if name not in others}, "rate": page["rate"][method]}
 
 
+def place(c: ml_collections.ConfigDict, script: str, rows: int, key: Mapping[str, Any]) -> finetune.Place:
+    """That of one run among many of a script, of so many rows; `key` are the settings by which its result is found."""
+    size = recipes.METHODS.get(c.method)
+    sized = "" if size is None else f"-{size}{c[c.method].get(size)}"
+    usual = finetune.folder_of_run(c)
+    return finetune.Place(usual.parent / script / f"{usual.name}{sized}-rate{c.rate[c.method]:g}-rows{rows}", key)
+
+
 def run(c: ml_collections.ConfigDict, console: Console) -> dict[str, Any]:
     """Does every run that is missing, and prints and writes the winners.
 
@@ -96,21 +105,18 @@ def run(c: ml_collections.ConfigDict, console: Console) -> dict[str, Any]:
     """
     tried = settings(c)
     ledger = Ledger(Path(c.out) / "sweep.jsonl", VERSION)
-    todo = [
-        (one, seed)
-        for one in tried
-        for seed in c.seeds
-        if ledger.find(kept(one.laid(c, seed), one.method, FREE)) is None
-    ]
+    keys = {(one, seed): kept(one.laid(c, seed), one.method, FREE) for one in tried for seed in c.seeds}
+    todo = [both for both, key in keys.items() if ledger.find(key) is None]
     if todo:
         task, rows = TASKS[c.task].read(c)
         model = TextModel(Page(c.model, "each" if task.per_token else c.pool, c.length, c.fixed, task), c.dropout)
     tools: finetune.Tools = {}
     for n, (one, seed) in enumerate(todo, 1):
-        page = one.laid(c, seed)
+        page, training = one.laid(c, seed), subset(rows.train, c.rows, seed)
+        where = place(page, "sweep", c.rows, keys[one, seed])
         console.print(f"{n} of {len(todo)}: {one.method}, rate {one.rate:g}, size {one.size}, seed {seed}")
         try:
-            fitted = finetune.fit(page, model, subset(rows.train, c.rows, seed), rows.validation, console, tools)
+            fitted = finetune.fit(page, model, training, rows.validation, console, tools, where)
             progress, trains = fitted.trained.progress, pj.count(fitted.tuned).trainable
             found = {
                 "value": progress.scores[progress.best - 1].value,
@@ -119,8 +125,8 @@ def run(c: ml_collections.ConfigDict, console: Console) -> dict[str, Any]:
             }
         except FloatingPointError as error:
             found = {"value": 0.0, "failed": str(error)}
-        ledger.add(kept(page, one.method, FREE), found)
-    values = {one: [ledger.find(kept(one.laid(c, s), one.method, FREE))["value"] for s in c.seeds] for one in tried}
+        ledger.add(keys[one, seed], found)
+    values = {one: [ledger.find(keys[one, seed])["value"] for seed in c.seeds] for one in tried}
     best = {method: {**x, "rows": c.rows} for method, x in winners(values).items()}
     path = Path(c.out) / "winners.json"
     merged = {**read_winners(path), **best} if path.is_file() else best
@@ -195,7 +201,7 @@ def main(_: list[str]) -> None:
     assets.keep_compiled()
     try:
         run(flags.FLAGS.config, Console())
-    except (ValueError, assets.Missing) as error:
+    except (ValueError, assets.Missing, Interrupted) as error:
         raise SystemExit(f"sweep: {error}") from error
 
 

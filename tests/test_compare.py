@@ -107,6 +107,29 @@ def test_a_comparison_is_not_done_twice(compared):
     assert again == results and " of " not in said.split("runs are in")[0].split("\n")[0]
 
 
+def test_runs_that_differ_in_rate_size_or_rows_have_their_own_folders(place, tmp_path):  # noqa: F811
+    """With checkpoints and logs no run goes on from another's state: the results are those without checkpoints."""
+    small = {"methods": ("lora",), "out": str(tmp_path), "resume": "auto", "tensorboard": True}
+    c = tiny(sweeping.get_config(), place, **small, rows=32, epochs=1, seeds=(0,))
+    with c.unlocked():
+        c.rates.lora, c.sizes.lora = (1e-3, 3e-2), (2, 4)
+    printed(sweep.run, c)
+    names = {f"mine-lora-seed0-rank{size}-rate{rate}-rows32" for size in (2, 4) for rate in (0.001, 0.03)}
+    assert {folder.name for folder in (tmp_path / "sweep").iterdir()} == names
+    assert all(len(list((tmp_path / "sweep" / name / "tensorboard").iterdir())) == 1 for name in names)
+    c = tiny(comparing.get_config(), place, **small, baselines=("words",), rows=(32, 96), passes=(3, 3), seeds=(0,))
+    c.winners, c.rate.lora = "", 3e-2
+    found = printed(compare.run, c)[0]
+    assert {x.name for x in (tmp_path / "compare").iterdir()} == {f"mine-lora-seed0-rank8-rate0.03-rows{n}" for n in (32, 96)}
+    (tmp_path / "compare.jsonl").unlink()  # as if they had been killed just before their rows were written
+    again = printed(compare.run, c)[0]
+    ours = lambda results: [(one["correct"], one["seconds"]) for one in results if one["method"] == "lora"]
+    assert ours(again) == ours(found)  # to the second: it was read, and not done again
+    c.update({"resume": "no", "tensorboard": False, "out": str(tmp_path / "alone")})
+    alone = printed(compare.run, c)[0]
+    assert [one["correct"] for one in found] == [one["correct"] for one in alone]
+
+
 def test_without_winners_the_page_says_the_rate():
     c = comparing.get_config()
     c.update(compare.QUICK)
