@@ -9,12 +9,13 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download.util import DownloadError
 
-from experiments import assets
+from experiments import assets, files
 from experiments.columns import Texts
 from experiments.digits import Mnist5k
 from experiments.reviews import MovieReviews
 
 SPLITS = ("train", "validation", "test")
+FILE = f"file that ends in {', '.join(files.READERS)}"
 Columns = tuple[Texts, list[Any]]
 Pictures = tuple[Iterable[Any], list[int]]
 
@@ -32,7 +33,7 @@ def scores(name: str, text: str, score: str) -> dict[str, Columns]:
     """Texts and numbers: of the reviews, for "reviews", or as `public` finds them."""
     if name == "reviews":
         return _prepared(MovieReviews, lambda builder: _rated(builder, "text", "score"))
-    return _published(name, "file", lambda builder: _rated(builder, text, score))
+    return _published(name, FILE, lambda builder: _rated(builder, text, score))
 
 
 def digits() -> tuple[dict[str, Pictures], tuple[str, ...]]:
@@ -69,7 +70,7 @@ def public(name: str, text: str, label: str) -> tuple[dict[str, Columns], tuple[
     Raises:
       ValueError: there is none of that name, it needs TensorFlow, it has no such columns, or it has no training split.
     """
-    return _published(name, "file", lambda builder: _texts(builder, text, label))
+    return _published(name, FILE, lambda builder: _texts(builder, text, label))
 
 
 def images(name: str, image: str, label: str) -> tuple[dict[str, Pictures], tuple[str, ...]]:

@@ -23,13 +23,12 @@ from ml_collections import config_flags
 from rich.console import Console
 
 import peftjax as pj
-from experiments import assets, baselines, comparison, finetune, recipes
+from experiments import assets, baselines, comparison, data, finetune, recipes, tasks
 from experiments.data import Dataset, Rows
 from experiments.interruption import Interrupted
 from experiments.ledger import Ledger
 from experiments.pages import check_numbers, listed
 from experiments.sweep import Setting, kept, place, read_winners, subset
-from experiments.tasks import TASKS
 from experiments.text_model import Page, TextModel
 
 VERSION = 1
@@ -92,9 +91,9 @@ def run(c: ml_collections.ConfigDict, console: Console) -> list[dict[str, Any]]:
     Returns:
       The results of these runs.
     """
-    wanted = runs(c)
+    wanted, same = runs(c), data.identity(c.data)
     ledger, pages = Ledger(Path(c.out) / "compare.jsonl", VERSION), {one: page(c, one) for one in wanted}
-    settings = {one: {**kept_of(pages[one], one), **dataclasses.asdict(one)} for one in wanted}
+    settings = {one: {**kept_of(pages[one], one), **same, **dataclasses.asdict(one)} for one in wanted}
     if todo := [one for one in wanted if ledger.find(settings[one]) is None]:
         lab = Lab(c, console)
         for n, one in enumerate(todo, 1):
@@ -137,7 +136,7 @@ class Lab:
 
     def __init__(self, c: ml_collections.ConfigDict, console: Console):
         self.c, self.console = c, console
-        self.task, self.data = TASKS["classify"].read(c)
+        self.task, self.data = tasks.read(c)
         model = Page(c.model, c.pool, c.length, c.fixed, self.task)
         self.model, self._tools = TextModel(model, c.dropout), {}
 
@@ -179,8 +178,8 @@ class Lab:
         return finetune.features(self.c, self.model)
 
     def _baseline(self, one: Run, training: Rows) -> dict[str, Any]:
-        data = Dataset(training, self.data.validation, self.data.test, self.data.names)
-        found = BASELINES[one.method](data, self.test, self._features)
+        own = Dataset(training, self.data.validation, self.data.test, self.data.names)
+        found = BASELINES[one.method](own, self.test, self._features)
         return {"answers": found.answers, "seconds": found.seconds, "trainable": found.trainable}
 
 

@@ -80,23 +80,46 @@ def load(name: str, text: str = "text", label: str = "label", classes: Sequence[
     Args:
       name: "reviews"; the path of a `.csv`, `.tsv` or `.jsonl` file; or what tensorflow-datasets calls one of its own.
       text, label: the columns.
-      classes: what the labels are called, in order; by default those that occur, sorted.
+      classes: what the labels of a file are called, in order; by default those that occur, sorted.
 
     Returns:
       Its splits. Those that it does not have are cut from its training split (of a file, from all of it), always in
       the same way.
 
     Raises:
-      ValueError: no such file, column or data set, an empty text, or a label outside the classes.
+      ValueError: no such file, column or data set, an empty text, a label outside the classes, or columns or classes of
+        a data set that has its own.
     """
-    if Path(name).suffix in files.READERS or Path(name).is_file():
+    if files.is_path(name):
+        if len(classes) == 1:
+            raise ValueError(f"classes {classes[0]!r}: expected at least two, as --config.classes=bad,good")
         texts, labels = files.read(Path(name), text, label)
         names = tuple(classes) or tuple(sorted(set(labels)))
         if len(names) < 2:
             raise ValueError(f"{name}: every label in {label!r} is {names[0]!r}; expected at least two kinds")
         return cut({"train": _checked(name, texts, labels, names)}, names)
+    check_columns(name, text=text, label=label)
     splits, names = catalogue.reviews() if name == "reviews" else catalogue.public(name, text, label)
+    if classes and tuple(classes) != names:
+        raise ValueError(
+            f"classes {', '.join(classes)}: the labels of {name!r} are called {', '.join(names)}; expected no others"
+        )
     return cut({split: _checked(f"{name}, {split}", *columns, names) for split, columns in splits.items()}, names)
+
+
+def check_columns(name: str, **columns: str) -> None:
+    """Raises where columns of the reviews, by the flags that set them, are not called as they are: nothing reads them."""
+    if other := {flag: column for flag, column in columns.items() if name == "reviews" and column != flag}:
+        flag, column = next(iter(other.items()))
+        raise ValueError(
+            f"--config.{flag}={column}: the reviews have no such column, only {', '.join(columns)}; "
+            "name a file with --config.data="
+        )
+
+
+def identity(name: str) -> dict[str, str]:
+    """What else than its name tells a file from what it held before; nothing for a data set, whose versions do not change."""
+    return {"digest": files.digest(Path(name))} if files.is_path(name) else {}
 
 
 def cut(splits: dict[str, E], names: tuple[str, ...]) -> Dataset[E]:

@@ -1,8 +1,10 @@
 """Rows in a file of one's own: CSV, TSV or JSON lines."""
 
 import csv
+import hashlib
 import io
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any, Callable
@@ -50,6 +52,27 @@ READERS: dict[str, Callable[[Path, str], list[dict[str, Any]]]] = {
 }
 
 
+def is_path(name: str) -> bool:
+    """Whether a name is that of a file, as it can be no name of a data set, such as "glue/sst2:1.0.0"."""
+    dataset = re.fullmatch(r"\w+([/:][\w.*=,-]+)*", name)
+    return Path(name).suffix in READERS or Path(name).is_file() or dataset is None
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a file.
+
+    Raises:
+      ValueError: no such file.
+    """
+    return hashlib.sha256(_content(path)).hexdigest()
+
+
+def _content(path: Path) -> bytes:
+    if not path.is_file() or path.suffix not in READERS:
+        raise ValueError(f"{path}: expected a file that ends in {', '.join(READERS)}")
+    return path.read_bytes()
+
+
 def rows(path: Path, **columns: str) -> list[dict[str, Any]]:
     """The rows of a file, which have all of some columns.
 
@@ -60,10 +83,8 @@ def rows(path: Path, **columns: str) -> list[dict[str, Any]]:
     Raises:
       ValueError: no such file or column, no rows, or a file that cannot be read.
     """
-    if not path.is_file() or path.suffix not in READERS:
-        raise ValueError(f"{path}: expected a file that ends in {', '.join(READERS)}")
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = _content(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no UTF-8 text: {error}") from error
     found = READERS[path.suffix](path, text)

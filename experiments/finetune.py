@@ -30,14 +30,14 @@ from ml_collections import config_flags
 from rich.console import Console
 
 import peftjax as pj
-from experiments import assets, display, logs, processes, recipes, record
+from experiments import assets, data, display, logs, processes, recipes, record, tasks
 from experiments.baselines import Baseline
 from experiments.batches import batches
 from experiments.data import Rows
 from experiments.interruption import Interrupted
 from experiments.models.bert import RULES
 from experiments.schedules import at_rate
-from experiments.tasks import TASKS, Encoded, Result
+from experiments.tasks import Encoded, Result
 from experiments.text_model import ADAPTER, Page, TextModel
 from experiments.train import Limits, Score, Trained, predict, train
 from peftjax.runs import Runs
@@ -65,9 +65,7 @@ def run(c: ml_collections.ConfigDict, console: Console) -> list[Result]:
     Returns:
       The baselines and, last, this run.
     """
-    if c.task not in TASKS:
-        raise ValueError(f"task {c.task!r}; expected one of {', '.join(TASKS)}")
-    task, rows = TASKS[c.task].read(c)
+    task, rows = tasks.read(c)
     model = TextModel(Page(c.model, "each" if task.per_token else c.pool, c.length, c.fixed, task), c.dropout)
     begin = time.perf_counter()
     fitted = fit(c, model, rows.train, rows.validation, console)
@@ -131,7 +129,7 @@ class Place:
 def place(c: ml_collections.ConfigDict) -> Place:
     """That of the run of a page."""
     settings = {name: value for name, value in c.to_dict().items() if name not in FREE}
-    return Place(folder_of_run(c), settings)
+    return Place(folder_of_run(c), {**settings, **data.identity(c.data)})
 
 
 def fit(

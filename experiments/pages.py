@@ -6,8 +6,8 @@ import ml_collections
 
 
 def listed(names: Any) -> list[str]:
-    """The names of a tuple of the page, or of a flag: "a,b"."""
-    return ",".join(names).split(",")
+    """The names of a tuple of the page, or of a flag: "a,b", of which ml_collections makes one name, or numbers."""
+    return [name.strip() for name in ",".join(map(str, names)).split(",")]
 
 
 def check_numbers(c: ml_collections.ConfigDict, *names: str) -> None:

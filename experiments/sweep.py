@@ -23,12 +23,11 @@ from rich.console import Console
 from rich.table import Table
 
 import peftjax as pj
-from experiments import assets, finetune, recipes
+from experiments import assets, data, finetune, recipes, tasks
 from experiments.data import Rows
 from experiments.interruption import Interrupted
 from experiments.ledger import Ledger
 from experiments.pages import check_numbers, listed
-from experiments.tasks import TASKS
 from experiments.text_model import Page, TextModel
 
 VERSION = 1
@@ -105,10 +104,11 @@ def run(c: ml_collections.ConfigDict, console: Console) -> dict[str, Any]:
     """
     tried = settings(c)
     ledger = Ledger(Path(c.out) / "sweep.jsonl", VERSION)
-    keys = {(one, seed): kept(one.laid(c, seed), one.method, FREE) for one in tried for seed in c.seeds}
+    same = data.identity(c.data)
+    keys = {(one, seed): {**kept(one.laid(c, seed), one.method, FREE), **same} for one in tried for seed in c.seeds}
     todo = [both for both, key in keys.items() if ledger.find(key) is None]
     if todo:
-        task, rows = TASKS[c.task].read(c)
+        task, rows = tasks.read(c)
         model = TextModel(Page(c.model, "each" if task.per_token else c.pool, c.length, c.fixed, task), c.dropout)
     tools: finetune.Tools = {}
     for n, (one, seed) in enumerate(todo, 1):

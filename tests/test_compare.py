@@ -130,6 +130,21 @@ def test_runs_that_differ_in_rate_size_or_rows_have_their_own_folders(place, tmp
     assert [one["correct"] for one in found] == [one["correct"] for one in alone]
 
 
+def test_a_file_that_changed_is_another_data_set(place, tmp_path):  # noqa: F811
+    """The same path with other labels: nothing of what was measured before is shown for it."""
+    path, text = tmp_path / "own.csv", (place / "mine.csv").read_text()
+    c = tiny(comparing.get_config(), place, methods=("head",), baselines=("words",), rows=(96,), passes=(1,), seeds=(0,))
+    c.update({"winners": "", "data": str(path), "out": str(tmp_path)})
+    path.write_text(text)
+    before = printed(compare.run, c)[0]
+    head, *lines = text.split("\n")
+    path.write_text("\n".join([head, *(line.split(",")[0] + ",bad" for line in lines[:90]), *lines[90:]]))
+    after, said = printed(compare.run, c)
+    assert "2 of 2" in said and [one["correct"] for one in after] != [one["correct"] for one in before]
+    path.write_text(text)
+    assert printed(compare.run, c)[0] == before
+
+
 def test_without_winners_the_page_says_the_rate():
     c = comparing.get_config()
     c.update(compare.QUICK)

@@ -9,6 +9,7 @@ import sys
 import tarfile
 import threading
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -290,6 +291,19 @@ def test_a_data_set_by_name(cache):
         data.load("tiny_moods", text="stars", label="mood")
 
 
+def test_options_that_a_data_set_would_not_read_are_refused(cache, small_reviews):
+    for options, words in (
+        ({"text": "body"}, "--config.text=body: the reviews have no such column, only text, label; name a file"),
+        ({"label": "stars"}, "--config.label=stars: the reviews have no such column"),
+        ({"classes": ("bad", "good")}, "classes bad, good: the labels of 'reviews' are called negative, positive"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            data.load("reviews", **options)
+    assert data.load("reviews", classes=("negative", "positive")).names == ("negative", "positive")
+    with pytest.raises(ValueError, match="classes a, b: the labels of 'tiny_moods' are called sad, glad"):
+        data.load("tiny_moods", "line", "mood", ("a", "b"))
+
+
 def test_what_needs_tensorflow_says_so(cache, monkeypatch):
     monkeypatch.setattr(catalogue.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"'no_such_set' is no file.*pip install -e \"\.\[tf\]\""):
@@ -340,6 +354,7 @@ def test_a_file(kind, tmp_path):
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b"\n', {}, "line 2 is no JSON"),
         ("a.jsonl", '["a", 1]\n', {}, "line 1: expected an object"),
         ("a.jsonl", '{"text": 3, "label": 1}\n{"text": "b", "label": 0}\n', {}, "row 1: expected a text, found 3"),
+        ("a.csv", "text,label\na,0\nb,1\n", {"classes": ("0",)}, "classes '0': expected at least two"),
         ("a.parquet", "", {}, "expected a file that ends in .csv, .tsv, .jsonl"),
     ],
 )
@@ -382,9 +397,20 @@ def test_a_cell_may_hold_a_whole_document(tmp_path):
     assert max(map(len, data.load(str(tmp_path / "a.csv")).train.texts)) == 200_000
 
 
-def test_says_that_there_is_no_such_file():
-    with pytest.raises(ValueError, match="nowhere.csv: expected a file"):
-        data.load("nowhere.csv")
+@pytest.mark.parametrize("name", ["nowhere.csv", "mine.txt", "./mine", "C:\\mine.json"])
+def test_says_that_there_is_no_such_file(name):
+    """And not how data sets of tensorflow-datasets are called, where a name can be none of these."""
+    for read in (data.load, data.identity):
+        with pytest.raises(ValueError) as error:
+            read(name)
+        assert str(error.value).endswith(f"{Path(name)}: expected a file that ends in .csv, .tsv, .jsonl")
+
+
+def test_a_file_is_known_by_what_it_holds(tmp_path):
+    path = written(tmp_path, "mine.csv", "text,label\na,0\n")
+    before = data.identity(path)
+    written(tmp_path, "mine.csv", "text,label\na,1\n")
+    assert data.identity(path) != before and data.identity("reviews") == data.identity("glue/sst2:1.0.0") == {}
 
 
 # Batches

@@ -13,7 +13,7 @@ from test_experiments import SMALL
 from test_experiments_data import tokenizer
 
 import peftjax as pj
-from experiments import catalogue, finetune, predict, recipes, text_model
+from experiments import catalogue, finetune, predict, recipes, tasks, text_model
 from experiments.batches import IGNORED, PerToken, batches
 from experiments.configs import reviews
 from experiments.data import Rows
@@ -236,6 +236,30 @@ def test_says_what_is_wrong_with_rows(tmp_path, task, row, words):
 def test_the_reviews_have_neither_tags_nor_questions(task):
     with pytest.raises(ValueError, match=f"task '{task}' has no data set of its own; name a file with --config.data="):
         TASKS[task].read(reviews.get_config())
+
+
+@pytest.mark.parametrize(
+    "changes,words",
+    [
+        ({"task": "rank"}, "task 'rank'; expected one of classify, regress, tokens, span"),
+        ({"task": "span", "text": "body"}, "--config.text=body: task 'span' reads only question, context, answer"),
+        ({"task": "regress", "classes": ("a", "b")}, r"--config.classes=\('a', 'b'\): task 'regress' reads only text, score"),
+        ({"task": "regress", "score": "stars"}, "--config.score=stars: the reviews have no such column, only text, score"),
+    ],
+)
+def test_options_that_a_task_would_not_read_are_refused(changes, words):
+    c = reviews.get_config()
+    c.update(changes)
+    with pytest.raises(ValueError, match=words):
+        tasks.read(c)
+
+
+@pytest.mark.parametrize("given", [("good,bad",), ("good, bad",), ("good", "bad")])
+def test_classes_as_a_flag_gives_them(tmp_path, given):
+    (tmp_path / "mine.csv").write_text("text,label\n" + "fine,good\ndull,bad\n" * 4)
+    c = reviews.get_config()
+    c.data, c.classes = str(tmp_path / "mine.csv"), given
+    assert tasks.read(c)[0].names == ("good", "bad")
 
 
 def test_answers_of_squad(tmp_path):

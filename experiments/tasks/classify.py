@@ -9,6 +9,7 @@ import numpy as np
 from sklearn.metrics import f1_score, matthews_corrcoef
 
 from experiments import baselines, data
+from experiments.pages import listed
 from experiments.tasks.task import Encoded, Task
 from experiments.train import cross_entropy
 
@@ -23,11 +24,13 @@ class Classify(Task):
 
     names: tuple[str, ...]
     metric: ClassVar[str] = "accuracy"
+    options: ClassVar[tuple[str, ...]] = ("text", "label", "classes")
 
     @classmethod
     def read(cls, c: ml_collections.ConfigDict) -> tuple[Self, data.Dataset[data.Rows]]:
         """As `Task` has it; `--config.text=` and `--config.label=` name the columns."""
-        rows = data.load(c.data, c.text, c.label, c.classes)
+        classes = listed(c.classes) if len(c.classes) == 1 else [str(name) for name in c.classes]
+        rows = data.load(c.data, c.text, c.label, classes)
         return cls(rows.names), rows
 
     @property

@@ -27,11 +27,13 @@ class Regress(Task):
     mean: float
     deviation: float
     metric: ClassVar[str] = "Spearman"
+    options: ClassVar[tuple[str, ...]] = ("text", "score")
 
     @classmethod
     def read(cls, c: ml_collections.ConfigDict) -> tuple[Self, data.Dataset[data.Rows]]:
         """As `Task` has it; `--config.text=` and `--config.score=` name the columns."""
-        if Path(c.data).suffix in files.READERS or Path(c.data).is_file():
+        data.check_columns(c.data, text=c.text, score=c.score)
+        if files.is_path(c.data):
             splits = {"train": _checked(c.data, *files.read(Path(c.data), c.text, c.score, "score"))}
         else:
             found = catalogue.scores(c.data, c.text, c.score)

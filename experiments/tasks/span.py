@@ -43,6 +43,7 @@ class Span(Task):
     stride: int
     per_token: ClassVar[bool] = True
     metric: ClassVar[str] = "F1"
+    options: ClassVar[tuple[str, ...]] = ("question", "context", "answer")
 
     @classmethod
     def read(cls, c: ml_collections.ConfigDict) -> tuple[Self, data.Dataset[data.Rows]]:

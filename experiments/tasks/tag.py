@@ -34,6 +34,7 @@ class Tag(Task):
     names: tuple[str, ...]
     per_token: ClassVar[bool] = True
     metric: ClassVar[str] = "F1"
+    options: ClassVar[tuple[str, ...]] = ("words", "tags")
 
     @classmethod
     def read(cls, c: ml_collections.ConfigDict) -> tuple[Self, data.Dataset[data.Rows]]:

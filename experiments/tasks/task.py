@@ -69,9 +69,11 @@ class Task:
     Attributes:
       metric: the score by which epochs are chosen.
       per_token: whether the model has outputs for each token, or for each text.
+      options: of a page, that say how its rows are read.
     """
 
     metric: ClassVar[str]
+    options: ClassVar[tuple[str, ...]]
     per_token: ClassVar[bool] = False
 
     @classmethod
