@@ -111,7 +111,8 @@ def page(c: ml_collections.ConfigDict, one: Run) -> ml_collections.ConfigDict:
     """The page of one run, with the learning rate and the size that won."""
     if one.method in BASELINES:
         return c
-    best = read_winners(Path(c.winners)).get(one.method) if c.winners else {"rate": c.rate[one.method], "size": None}
+    usual = {one.method: {"rate": c.rate[one.method], "size": None}}
+    best = (read_winners(Path(c.winners), c) if c.winners else usual).get(one.method)
     if best is None:
         raise ValueError(f"{c.winners} has no winner of {one.method!r}; expected one: run experiments/sweep.py for it")
     made = Setting(one.method, best["rate"], best["size"]).laid(c, one.seed)

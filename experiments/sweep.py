@@ -31,6 +31,7 @@ from experiments.pages import check_numbers, listed
 from experiments.text_model import Page, TextModel
 
 VERSION = 1
+UNSAID = {"data": "reviews", "model": "minilm", "task": "classify"}  # of winners that do not say of what they are
 FREE = ("methods", "seeds", "tries", "rates", "sizes", "out", "resume", "every", "tensorboard", "profile")
 
 
@@ -102,8 +103,10 @@ def run(c: ml_collections.ConfigDict, console: Console) -> dict[str, Any]:
     Returns:
       The winners, by method.
     """
-    tried = settings(c)
+    tried, path = settings(c), Path(c.out) / "winners.json"
     ledger = Ledger(Path(c.out) / "sweep.jsonl", VERSION)
+    if path.is_file():
+        read_winners(path, c)  # of another version or data set, they stop a sweep before its hours of work
     same = data.identity(c.data)
     keys = {(one, seed): {**kept(one.laid(c, seed), one.method, FREE), **same} for one in tried for seed in c.seeds}
     todo = [both for both, key in keys.items() if ledger.find(key) is None]
@@ -128,9 +131,8 @@ def run(c: ml_collections.ConfigDict, console: Console) -> dict[str, Any]:
         ledger.add(keys[one, seed], found)
     values = {one: [ledger.find(keys[one, seed])["value"] for seed in c.seeds] for one in tried}
     best = {method: {**x, "rows": c.rows} for method, x in winners(values).items()}
-    path = Path(c.out) / "winners.json"
-    merged = {**read_winners(path), **best} if path.is_file() else best
-    path.write_text(json.dumps({"version": VERSION, "methods": merged}, indent=1) + "\n")
+    merged = {**read_winners(path, c), **best} if path.is_file() else best
+    path.write_text(json.dumps({"version": VERSION, **origin(c), "methods": merged}, indent=1) + "\n")
     console.print(table(best))
     console.print(f"the winners are in {path}")
     return best
@@ -158,11 +160,16 @@ def winners(values: Mapping[Setting, list[float]]) -> dict[str, dict[str, Any]]:
     return made
 
 
-def read_winners(path: Path) -> dict[str, Any]:
+def origin(c: ml_collections.ConfigDict) -> dict[str, str]:
+    """Of what the winners of a page are: on other data, another model or another task, other settings win."""
+    return {**{name: c[name] for name in UNSAID}, **data.identity(c.data)}
+
+
+def read_winners(path: Path, c: ml_collections.ConfigDict) -> dict[str, Any]:
     """The winners in a file.
 
     Raises:
-      ValueError: no such file, or one of another version.
+      ValueError: no such file, or one of another version, or of other data, another model or another task than the page's.
     """
     if not path.is_file():
         raise ValueError(
@@ -175,6 +182,13 @@ def read_winners(path: Path) -> dict[str, Any]:
     if not isinstance(saved, dict) or saved.get("version") != VERSION:
         found = saved.get("version") if isinstance(saved, dict) else None
         raise ValueError(f"{path} is of version {found}; expected {VERSION}: run experiments/sweep.py anew")
+    said = {name: x for name, x in saved.items() if name not in ("version", "methods")} or UNSAID
+    for name, wanted in origin(c).items():
+        if said.get(name) != wanted:
+            raise ValueError(
+                f"{path} holds winners of {name} {said.get(name)!r}; expected {wanted!r}: run experiments/sweep.py for "
+                "it, with an --config.out= of its own"
+            )
     return saved["methods"]
 
 

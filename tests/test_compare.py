@@ -48,7 +48,7 @@ def test_a_sweep_chooses_on_validation(swept):
     assert best["lora"]["rate"] == 3e-2 and best["lora"]["size"] == 2 and best["lora"]["tried"] == 2
     assert value(3e-2) > value(1e-6)
     assert (best["lora"]["value"], best["lora"]["least"]) == pytest.approx((value(3e-2), value(1e-6)))
-    assert sweep.read_winners(sweep.Path(c.out) / "winners.json") == json.loads(json.dumps(best))
+    assert sweep.read_winners(sweep.Path(c.out) / "winners.json", c) == json.loads(json.dumps(best))
 
 
 def test_a_sweep_goes_on(swept):
@@ -183,6 +183,30 @@ def test_says_what_is_wrong(compared, tmp_path):
     for text, words in (("{", "is damaged"), ('{"version": 7}', "is of version 7; expected 1"), ("[]", "version None")):
         (tmp_path / "winners.json").write_text(text)
         with pytest.raises(ValueError, match=words):
-            sweep.read_winners(tmp_path / "winners.json")
+            sweep.read_winners(tmp_path / "winners.json", c)
     with pytest.raises(ValueError, match="expected a file of winners, as experiments/sweep.py writes it"):
-        sweep.read_winners(tmp_path / "none.json")
+        sweep.read_winners(tmp_path / "none.json", c)
+
+
+def test_winners_are_of_one_data_set_model_and_task(swept, tmp_path, monkeypatch):
+    """Those that do not say so, as they were written before, are of the reviews; a sweep looks before its first run."""
+    path, best = tmp_path / "winners.json", {"lora": {"rate": 1e-3, "size": 8}}
+    path.write_text(json.dumps({"version": 1, "methods": best}))
+    c = sweeping.get_config()
+    assert sweep.read_winners(path, c) == best
+    c.out = str(tmp_path)
+    monkeypatch.setattr(sweep.finetune, "fit", lambda *_: pytest.fail("a run began"))
+    for name, x in (("data", "glue/sst2"), ("model", "bert-base-uncased"), ("task", "regress")):
+        other = c.copy_and_resolve_references()
+        other[name] = x
+        words = rf"winners.json holds winners of {name} '\w+'; expected '{x}': run experiments/sweep.py for it, with an"
+        with pytest.raises(ValueError, match=words):
+            sweep.run(other, Console(file=io.StringIO()))
+    path.write_text('{"version": 7, "methods": {}}')
+    with pytest.raises(ValueError, match="is of version 7; expected 1"):
+        sweep.run(c, Console(file=io.StringIO()))
+    saved = json.loads((sweep.Path(swept[0].out) / "winners.json").read_text())
+    assert saved["data"] == swept[0].data and saved["task"] == "classify" and len(saved["digest"]) == 64
+    path.write_text(json.dumps({**saved, "digest": "0" * 64}))
+    with pytest.raises(ValueError, match="holds winners of digest '0000"):
+        sweep.read_winners(path, swept[0])

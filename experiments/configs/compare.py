@@ -18,5 +18,5 @@ def get_config() -> ml_collections.ConfigDict:
     c.rows = (250, 1000, 3000)  # training sentences
     c.passes = (6, 3, 2)  # over each of these; the best is kept
     c.seeds = (0, 1, 2)  # of which sentences, their order, dropout, and what begins at random
-    c.winners = "runs/winners.json"  # of sweep.py; "" takes the learning rates and sizes of this page
+    c.winners = "runs/winners.json"  # of sweep.py, on these data; "" takes the learning rates and sizes of this page
     return c
