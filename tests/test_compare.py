@@ -6,6 +6,8 @@ import json
 import jax
 import numpy as np
 import pytest
+from absl import flags
+from ml_collections import config_flags
 from rich.console import Console
 from test_experiments import place  # noqa: F401
 
@@ -151,6 +153,20 @@ def test_without_winners_the_page_says_the_rate():
     made = {one.method: compare.page(c, one) for one in compare.runs(c)}
     assert list(made) == ["words", "probe", "lora", "adapter", "prompt", "full", "scratch"]
     assert (made["lora"].rate.lora, made["lora"].lora.rank, made["lora"].epochs) == (c.rate.lora, c.lora.rank, 4)
+
+
+def test_a_quick_comparison_is_what_flags_ask_for():
+    """Flags are stronger than --quick; the page as a script reads it."""
+    values = flags.FlagValues()
+    asked = ["compare.py", "--config.methods=lora,full", "--config.rows=100,250", "--config.passes=2,3"]
+    page = str(sweep.Path(comparing.__file__))
+    config_flags.DEFINE_config_file("config", page, flag_values=values, sys_argv=asked)
+    values(asked)
+    compare.quicken(values["config"].value, values["config"].override_values)
+    made = compare.runs(values["config"].value)
+    assert {one.method for one in made} == {"words", "probe", "lora", "full"} and {one.rows for one in made} == {100, 250}
+    assert {one.seed for one in made} == {0} and values["config"].value.winners == ""
+    assert compare.page(values["config"].value, made[-1]).epochs == 3
 
 
 def test_the_paired_difference():
