@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 import numpy as np
 from sklearn.base import clone
@@ -34,27 +34,45 @@ class Baseline:
     seconds: float
 
 
+Baselines = Mapping[str, Callable[[], Baseline]]  # each is computed when it is called, and may raise a ValueError
+
 LOGISTIC = [LogisticRegression(C=c, max_iter=2000) for c in INVERSE_PENALTIES]
 RIDGE = [Ridge(alpha=1 / c) for c in INVERSE_PENALTIES]
 
 
-def classes(data: Dataset[Rows], test: Rows, features: Features) -> list[Baseline]:
+def classes(data: Dataset[Rows], test: Rows, features: Features) -> Baselines:
     """The most frequent class, and logistic regression on words and on features."""
     one = np.full(len(test), np.bincount(data.train.labels).argmax())
-    return [Baseline("majority", one, 0, 0.0), words(data, test), probe(data, test, features)]
+    return {
+        "majority": lambda: Baseline("majority", one, 0, 0.0),
+        "words": lambda: words(data, test),
+        "probe": lambda: probe(data, test, features),
+    }
 
 
-def numbers(data: Dataset[Rows], test: Rows, features: Features) -> list[Baseline]:
+def numbers(data: Dataset[Rows], test: Rows, features: Features) -> Baselines:
     """The mean, and ridge regression on words and on features."""
     one = np.full(len(test), data.train.labels.mean(dtype=np.float64))
-    return [Baseline("mean", one, 0, 0.0), words(data, test, models=RIDGE), probe(data, test, features, RIDGE)]
+    return {
+        "mean": lambda: Baseline("mean", one, 0, 0.0),
+        "words": lambda: words(data, test, models=RIDGE),
+        "probe": lambda: probe(data, test, features, RIDGE),
+    }
 
 
 def words(data: Dataset[Rows], test: Rows, _: Features | None = None, models: Sequence[Any] = LOGISTIC) -> Baseline:
-    """A linear model on TF-IDF of words and pairs of words."""
+    """A linear model on TF-IDF of words and pairs of words.
+
+    Raises:
+      ValueError: texts without words, or only one class to train on.
+    """
     start = time.perf_counter()
     counts = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
-    x, chosen_on = counts.fit_transform(data.train.texts), counts.transform(data.validation.texts)
+    try:
+        x = counts.fit_transform(data.train.texts)
+    except ValueError as error:
+        raise ValueError("no text to train on has a word of two letters or more, which TF-IDF counts") from error
+    chosen_on = counts.transform(data.validation.texts)
     fitted = _best(models, x, data.train.labels, chosen_on, data.validation.labels)
     seconds = time.perf_counter() - start
     name = f"TF-IDF + {'ridge' if models is RIDGE else 'logistic'} regression"

@@ -73,7 +73,9 @@ def runs(c: ml_collections.ConfigDict) -> list[Run]:
     check_numbers(c, "rows", "passes", "seeds")
     if c.task != "classify":
         raise ValueError(f"task {c.task!r}: methods are compared on 'classify'")
-    names = [*listed(c.baselines), *listed(c.methods)]
+    names = [name for name in (*listed(c.baselines), *listed(c.methods)) if name]
+    if not names:
+        raise ValueError("baselines and methods are both empty; expected one at least")
     if unknown := [name for name in names if name not in (*BASELINES, *recipes.NAMES)]:
         raise ValueError(f"method {unknown[0]!r}; expected one of {', '.join((*BASELINES, *recipes.NAMES))}")
     if len(c.passes) != len(c.rows):
@@ -180,7 +182,10 @@ class Lab:
 
     def _baseline(self, one: Run, training: Rows) -> dict[str, Any]:
         own = Dataset(training, self.data.validation, self.data.test, self.data.names)
-        found = BASELINES[one.method](own, self.test, self._features)
+        try:
+            found = BASELINES[one.method](own, self.test, self._features)
+        except ValueError as error:
+            raise ValueError(f"{one}: {error}; --config.baselines= does without {one.method!r}") from error
         return {"answers": found.answers, "seconds": found.seconds, "trainable": found.trainable}
 
 

@@ -31,7 +31,7 @@ from rich.console import Console
 
 import peftjax as pj
 from experiments import assets, data, display, logs, processes, recipes, record, tasks
-from experiments.baselines import Baseline
+from experiments.baselines import Baseline, Baselines
 from experiments.batches import batches
 from experiments.data import Rows
 from experiments.interruption import Interrupted
@@ -71,20 +71,33 @@ def run(c: ml_collections.ConfigDict, console: Console) -> list[Result]:
     fitted = fit(c, model, rows.train, rows.validation, console)
     seconds = time.perf_counter() - begin
 
+    folder = folder_of_run(c)
+    if processes.is_first():  # before all that could fail now, it is on the disk
+        pj.save(folder / ADAPTER, fitted.tuned, fitted.method, pj.roles(model, model.params, _example(model, c.batch)))
+        model.page.write(folder)
     test = rows.test.open()
     trains = pj.count(fitted.tuned).trainable
     mine = Baseline(f"this run ({c.method})", fitted.answers(test), trains, seconds)
-    results = [task.result(one, test) for one in (*task.baselines(rows, test, features(c, model)), mine)]
+    others = computed(task.baselines(rows, test, features(c, model)), console)
+    results = [task.result(one, test) for one in (*others, mine)]
     if not processes.is_first():
         return results
-    folder = folder_of_run(c)
-    pj.save(folder / ADAPTER, fitted.tuned, fitted.method, pj.roles(model, model.params, _example(model, c.batch)))
-    model.page.write(folder)
     record.append(Path(c.out) / "results.jsonl", c.to_dict(), _numbers(results, fitted.trained))
     console.print(display.table(results, len(test)))
     progress = fitted.trained.progress
     console.print(f"best epoch {progress.best} of {len(progress.scores)}; the adapter is in {folder}")
     return results
+
+
+def computed(baselines: Baselines, console: Console) -> list[Baseline]:
+    """What a run has to beat; says which baseline these rows do not allow, and why."""
+    made = []
+    for name, baseline in baselines.items():
+        try:
+            made.append(baseline())
+        except ValueError as error:
+            console.print(f"the baseline {name!r} is left out: {error}")
+    return made
 
 
 def features(c: ml_collections.ConfigDict, model: TextModel) -> Callable[[Rows], np.ndarray]:

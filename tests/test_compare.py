@@ -180,6 +180,17 @@ def test_the_paired_difference():
         comparison.difference(mine[:1], theirs[1:])
 
 
+def test_a_baseline_that_cannot_be_computed_is_named(place, tmp_path):  # noqa: F811
+    lines = [f"{'xyz'[k % 3]} {'ab'[k % 2]},{('bad', 'good')[k % 2]}" for k in range(60)]
+    (tmp_path / "short.csv").write_text("\n".join(["text,label", *lines]))
+    c = tiny(comparing.get_config(), place, methods=("head",), baselines=("words",), rows=(32,), passes=(1,), seeds=(0,))
+    c.update({"winners": "", "data": str(tmp_path / "short.csv"), "out": str(tmp_path)})
+    with pytest.raises(ValueError, match="method='words', rows=32, seed=0.: no text .*; --config.baselines= does without 'words'"):
+        printed(compare.run, c)
+    c.baselines = ()
+    assert [one["method"] for one in printed(compare.run, c)[0]] == ["head"]
+
+
 def test_says_what_is_wrong(compared, tmp_path):
     c = compared[0]
     wrong = lambda **changes: tiny(comparing.get_config(), sweep.Path(c.out).parent, winners=c.winners, **changes)

@@ -164,6 +164,26 @@ def test_a_profile_of_steps_that_never_came_says_so(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_baseline_that_fails_loses_no_run(place, tmp_path):
+    """Texts of single letters have no words that TF-IDF counts: it is left out, with the reason."""
+    lines = [f"{'xyz'[k % 3]} {'ab'[k % 2]},{('bad', 'good')[k % 2]}" for k in range(60)]
+    (tmp_path / "short.csv").write_text("\n".join(["text,label", *lines]))
+    console = Console(file=io.StringIO(), width=160)
+    c = configured(place, data=str(tmp_path / "short.csv"), out=str(tmp_path), epochs=1, method="head")
+    results = finetune.run(c, console)
+    assert [r.name for r in results] == ["majority", "frozen linear probe", "this run (head)"]
+    assert "the baseline 'words' is left out: no text to train on has a word of two letters" in console.file.getvalue()
+    assert (tmp_path / "short-head-seed0" / "adapter" / "adapter.safetensors").is_file()
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 1
+
+
+def test_an_adapter_is_saved_before_anything_else_can_fail(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune, "computed", lambda *_: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(MemoryError):
+        finetune.run(configured(place, out=str(tmp_path), epochs=1, method="head"), Console(file=io.StringIO()))
+    assert predict.said(tmp_path / "mine-head-seed0", ["fine"])
+
+
 def test_the_seed_draws_everything(finished, place):
     """The order of the data, and A of LoRA, before any training."""
     model = text_model.TextModel(text_model.read(finished[0]))

@@ -30,7 +30,7 @@ class Classify(Task):
     def read(cls, c: ml_collections.ConfigDict) -> tuple[Self, data.Dataset[data.Rows]]:
         """As `Task` has it; `--config.text=` and `--config.label=` name the columns."""
         classes = listed(c.classes) if len(c.classes) == 1 else [str(name) for name in c.classes]
-        rows = data.load(c.data, c.text, c.label, classes)
+        rows = data.load(c.data, c.text, c.label, [name for name in classes if name])
         return cls(rows.names), rows
 
     @property
@@ -65,7 +65,7 @@ class Classify(Task):
 
     def baselines(
         self, data: data.Dataset[data.Rows], test: data.Rows, features: baselines.Features
-    ) -> list[baselines.Baseline]:
+    ) -> baselines.Baselines:
         """The most frequent class, words counted, and the frozen model's features."""
         return baselines.classes(data, test, features)
 

@@ -73,7 +73,7 @@ class Regress(Task):
 
     def baselines(
         self, data: data.Dataset[data.Rows], test: data.Rows, features: baselines.Features
-    ) -> list[baselines.Baseline]:
+    ) -> baselines.Baselines:
         """The mean, words counted, and the frozen model's features."""
         return baselines.numbers(data, test, features)
 

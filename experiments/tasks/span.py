@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from experiments import data, files
-from experiments.baselines import Baseline, Features
+from experiments.baselines import Baseline, Baselines, Features
 from experiments.batches import PerToken
 from experiments.tasks.task import Encoded, Task, objects
 from experiments.tokens import Tokens, Window
@@ -116,9 +116,10 @@ class Span(Task):
             "exact match": float(np.mean([best(_is_same, *pair) for pair in both])),
         }
 
-    def baselines(self, data: data.Dataset[data.Rows], test: data.Rows, features: Features) -> list[Baseline]:
+    def baselines(self, data: data.Dataset[data.Rows], test: data.Rows, features: Features) -> Baselines:
         """The whole context."""
-        return [Baseline("the whole context", objects([context for _, context in test.texts]), 0, 0.0)]
+        said = Baseline("the whole context", objects([context for _, context in test.texts]), 0, 0.0)
+        return {"context": lambda: said}
 
 
 def _answers(where: str, answer: Any, context: str) -> tuple[Answer, ...]:

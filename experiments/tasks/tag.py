@@ -15,7 +15,7 @@ from seqeval.metrics import f1_score as entity_f1
 from sklearn.metrics import f1_score
 
 from experiments import data, files
-from experiments.baselines import Baseline, Features
+from experiments.baselines import Baseline, Baselines, Features
 from experiments.batches import IGNORED, PerToken
 from experiments.tasks.task import Encoded, Task, objects
 from experiments.tokens import Tokens
@@ -101,21 +101,26 @@ class Tag(Task):
             f1 = f1_score(given, said, average="macro", zero_division=0.0)
         return {"F1": float(f1), "accuracy": float(np.mean([x == y for x, y in zip(given, said)]))}
 
-    def baselines(self, data: data.Dataset[data.Rows], test: data.Rows, features: Features) -> list[Baseline]:
+    def baselines(self, data: data.Dataset[data.Rows], test: data.Rows, features: Features) -> Baselines:
         """The most frequent tag of each word."""
-        start = time.perf_counter()
-        seen: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-        for words, tags in zip(data.train.texts, data.train.labels):
-            for word, tag in zip(words, tags):
-                seen[word].update([tag])
-        every = sum(seen.values(), collections.Counter()).most_common(1)[0][0]
-        best = {word: tags.most_common(1)[0][0] for word, tags in seen.items()}
-        answers = objects([[best.get(word, every) for word in words] for words in test.texts])
-        return [Baseline("each word's usual tag", answers, len(best), time.perf_counter() - start)]
+        return {"usual": lambda: _usual(data.train, test)}
 
     def said(self, answer: Any, outputs: np.ndarray) -> str:
         """The tags."""
         return " ".join(answer)
+
+
+def _usual(train: data.Rows, test: data.Rows) -> Baseline:
+    """The most frequent tag of each word, and of all words where it is new."""
+    start = time.perf_counter()
+    seen: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    for words, tags in zip(train.texts, train.labels):
+        for word, tag in zip(words, tags):
+            seen[word].update([tag])
+    every = sum(seen.values(), collections.Counter()).most_common(1)[0][0]
+    best = {word: tags.most_common(1)[0][0] for word, tags in seen.items()}
+    answers = objects([[best.get(word, every) for word in words] for words in test.texts])
+    return Baseline("each word's usual tag", answers, len(best), time.perf_counter() - start)
 
 
 def _pair(where: str, words: Any, tags: Any) -> tuple[list[str], list[str]]:

@@ -7,7 +7,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from experiments.baselines import Baseline, Features
+from experiments.baselines import Baseline, Baselines, Features
 from experiments.batches import Batch, PerToken, lengths_of, taken
 from experiments.data import Dataset, Rows
 from experiments.tokens import Tokens
@@ -125,8 +125,8 @@ class Task:
         """How good answers are; `metric` comes first."""
         raise NotImplementedError
 
-    def baselines(self, data: Dataset[Rows], test: Rows, features: Features) -> list[Baseline]:
-        """What a run has to beat; `features` are those of the frozen model, (N, D)."""
+    def baselines(self, data: Dataset[Rows], test: Rows, features: Features) -> Baselines:
+        """What a run has to beat, by short names; `features` are those of the frozen model, (N, D)."""
         raise NotImplementedError
 
     def said(self, answer: Any, outputs: np.ndarray) -> str:
