@@ -159,6 +159,17 @@ def test_scores_of_answers():
     assert found == pytest.approx({"F1": (1 + 2 / 3) / 2, "exact match": 0.5})
 
 
+def test_scores_of_answers_are_those_of_transformers():
+    """Which is no dependency of the scripts: of random texts with articles, punctuation and repeated words."""
+    squad = pytest.importorskip("transformers.data.metrics.squad_metrics")
+    rng, words = np.random.default_rng(0), ["the", "The", "a", "old", "man,", "old-man", "man", "an", "É.", "--"]
+    texts = [" ".join(rng.choice(words, rng.integers(1, 5))) for _ in range(300)]
+    for said, given in zip(texts, reversed(texts)):
+        found = Span(1).scores(objects([said]), rows([(Answer(0, given),)]))
+        theirs = {"F1": squad.compute_f1(given, said), "exact match": squad.compute_exact(given, said)}
+        assert found == pytest.approx(theirs, rel=1e-12)
+
+
 def test_standard_errors():
     """By leaving rows out in turn: of a mean, s / sqrt(n), and near it where groups are left out."""
     true, said = np.zeros(400), np.random.default_rng(0).normal(size=400)
@@ -216,7 +227,19 @@ def test_columns_are_filled_up_behind_their_rows():
             {"question": "q", "context": "a b", "answer": {"text": [], "answer_start": []}},
             "expected an answer, or",
         ),
-        ("span", {"question": "q", "context": "a b", "answer": 3}, "expected an answer, or .*, found 3"),
+        ("span", {"question": "q", "context": "a b", "answer": 3}, "row 1: expected an answer, or .*, found 3"),
+        *(
+            ("span", {"question": "q", "context": "a b", "answer": answer}, "mine.jsonl, row 1: expected an answer, or")
+            for answer in (
+                {"text": "b", "answer_start": 2},
+                {"text": ["b"], "answer_start": ["x"]},
+                {"text": ["b"], "answer_start": [None]},
+                {"text": ["b"]},
+                {"text": None, "answer_start": None},
+                [2, "b"],
+                None,
+            )
+        ),
         ("span", {"question": " ", "context": "a b", "answer": "a"}, "row 1: expected a text, found ' '"),
         ("regress", {"text": "a", "score": "high"}, "row 1: expected a finite number, found 'high'"),
         ("regress", {"text": "a", "score": "nan"}, "row 1: expected a finite number, found 'nan'"),

@@ -108,7 +108,11 @@ class Span(Task):
         return objects([text for _, text in best])
 
     def scores(self, answers: np.ndarray, rows: data.Rows) -> dict[str, float]:
-        """F1 of words and exact match, of the nearest answer given, as SQuAD measures them."""
+        """F1 of words and exact match, of the nearest answer given, as SQuAD measures them.
+
+        They are written here: of the libraries that have them, torchmetrics needs torch, evaluate fetches them from a hub
+        at run time, and transformers is large; the tests compare with it.
+        """
         best = lambda score, said, given: max(score(said, answer.text) for answer in given)
         both = list(zip(answers, rows.labels))
         return {
@@ -124,21 +128,24 @@ class Span(Task):
 
 def _answers(where: str, answer: Any, context: str) -> tuple[Answer, ...]:
     """The answers of a row, each found in its context."""
-    if isinstance(answer, Mapping) and len(answer.get("text", ())) == len(answer.get("answer_start", (0,))):
-        given = list(zip(answer["answer_start"], answer["text"]))
-    elif isinstance(answer, str):
-        given = [(context.find(answer), answer)]
-    else:
-        given = []
-    if not given or not all(isinstance(text, str) and text.strip() for _, text in given):
+    given = [(context.find(answer), answer)] if isinstance(answer, str) else _of_squad(answer)
+    if not given or not all(type(start) is int and isinstance(text, str) and text.strip() for start, text in given):
         raise ValueError(
-            f'{where}: expected an answer, or {{"text": [...], "answer_start": [...]}} with as many of both, found {answer!r}'
+            f'{where}: expected an answer, or {{"text": [texts], "answer_start": [whole numbers]}} with as many of both, '
+            f"found {answer!r}"
         )
     for start, text in given:
         if start < 0 or context[start : start + len(text)] != text:
             at = "" if isinstance(answer, str) else f" at {start}"
             raise ValueError(f"{where}: the answer {text!r} is not in the context{at}")
     return tuple(Answer(start, text) for start, text in given)
+
+
+def _of_squad(answer: Any) -> list[tuple[Any, Any]]:
+    """Where answers begin, and their texts; none where it is not two lists of one length."""
+    texts, starts = (answer.get(name) if isinstance(answer, Mapping) else None for name in ("text", "answer_start"))
+    both = isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts)
+    return list(zip(starts, texts)) if both else []
 
 
 def _place(window: Window, answer: Answer) -> tuple[int, int]:
