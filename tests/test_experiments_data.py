@@ -310,6 +310,41 @@ def test_what_needs_tensorflow_says_so(cache, monkeypatch):
         data.load("no_such_set")
 
 
+class MadeWithTensorflow(tfds.core.GeneratorBasedBuilder):
+    """A data set whose rows cannot be made without TensorFlow, as of many that tensorflow-datasets offers."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    _info = TinyMoods._info
+
+    def _split_generators(self, dl_manager):
+        import tensorflow as tf
+
+        lines = tf.data.Dataset.range(20).map(lambda k: tf.strings.join(["line ", tf.strings.as_string(k)]))
+        return {"train": self._generate_examples(lines)}
+
+    def _generate_examples(self, lines):
+        for k, line in enumerate(lines):
+            yield k, {"line": line.numpy(), "mood": k % 2, "stars": k}
+
+
+def test_with_tensorflow_its_data_sets_are_read(cache):
+    """As after `pip install -e ".[tf]"`; prepared once, the rows are read without it."""
+    pytest.importorskip("tensorflow", reason='needs the extra "tf"')
+    found = data.load("made_with_tensorflow", text="line", label="mood")
+    assert [len(x) for x in (found.train, found.validation, found.test.open())] == [14, 3, 3]
+    assert all(int(text.split()[1]) % 2 == y for text, y in zip(found.train.texts, found.train.labels))
+    with pytest.raises(ValueError, match="'no_such_set' is no file that ends in .csv, .tsv, .jsonl, and no data set that"):
+        data.load("no_such_set")
+
+
+def test_without_tensorflow_its_data_sets_say_so(cache, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    find = catalogue.importlib.util.find_spec
+    monkeypatch.setattr(catalogue.importlib.util, "find_spec", lambda name: None if name == "tensorflow" else find(name))
+    with pytest.raises(ValueError, match=r"without TensorFlow \(\w+Error\).*pip install -e \"\.\[tf\]\""):
+        data.load("made_with_tensorflow", text="line", label="mood")
+
+
 # Files
 
 
