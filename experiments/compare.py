@@ -19,11 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import ml_collections
 import numpy as np
 from absl import app, flags
-from ml_collections import config_flags
 from rich.console import Console
 
 import peftjax as pj
-from experiments import assets, baselines, comparison, data, finetune, recipes, tasks
+from experiments import assets, baselines, comparison, data, finetune, pages, recipes, tasks
 from experiments.data import Dataset, Rows
 from experiments.interruption import Interrupted
 from experiments.ledger import Ledger
@@ -94,14 +93,14 @@ def run(c: ml_collections.ConfigDict, console: Console) -> list[dict[str, Any]]:
       The results of these runs.
     """
     wanted, same = runs(c), data.identity(c.data)
-    ledger, pages = Ledger(Path(c.out) / "compare.jsonl", VERSION), {one: page(c, one) for one in wanted}
-    settings = {one: {**kept_of(pages[one], one), **same, **dataclasses.asdict(one)} for one in wanted}
+    ledger, laid = Ledger(Path(c.out) / "compare.jsonl", VERSION), {one: page(c, one) for one in wanted}
+    settings = {one: {**kept_of(laid[one], one), **same, **dataclasses.asdict(one)} for one in wanted}
     if todo := [one for one in wanted if ledger.find(settings[one]) is None]:
         lab = Lab(c, console)
         for n, one in enumerate(todo, 1):
             console.print(f"{n} of {len(todo)}: {one.method}, {one.rows:,} rows, seed {one.seed}")
-            where = None if one.method in BASELINES else place(pages[one], "compare", one.rows, settings[one])
-            ledger.add(settings[one], {**dataclasses.asdict(one), **lab.result(one, pages[one], where)})
+            where = None if one.method in BASELINES else place(laid[one], "compare", one.rows, settings[one])
+            ledger.add(settings[one], {**dataclasses.asdict(one), **lab.result(one, laid[one], where)})
     results = [found for one in wanted if (found := ledger.find(settings[one])) is not None]
     console.print(comparison.table(results))
     places = comparison.write(results, Path(c.out))
@@ -197,16 +196,16 @@ def quicken(c: ml_collections.ConfigDict, given: Iterable[str]) -> None:
 def main(_: list[str]) -> None:
     """Does the runs that the flags ask for."""
     assets.keep_compiled()
-    c = flags.FLAGS.config
-    if flags.FLAGS.quick:
-        quicken(c, flags.FLAGS["config"].override_values)
     try:
+        c = pages.read()
+        if flags.FLAGS.quick:
+            quicken(c, flags.FLAGS["config"].override_values)
         run(c, Console())
     except (ValueError, FloatingPointError, assets.Missing, Interrupted) as error:
         raise SystemExit(f"compare: {error}") from error
 
 
 if __name__ == "__main__":  # several scripts have a flag of this name
-    config_flags.DEFINE_config_file("config", str(Path(__file__).parent / "configs" / "compare.py"))
+    pages.define("compare.py")
     flags.DEFINE_bool("quick", False, "few methods, 250 rows and one seed, but for what other flags give: ten minutes")
     app.run(main)

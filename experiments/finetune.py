@@ -26,11 +26,10 @@ import ml_collections
 import numpy as np
 import optax
 from absl import app, flags, logging
-from ml_collections import config_flags
 from rich.console import Console
 
 import peftjax as pj
-from experiments import assets, data, display, logs, processes, recipes, record, tasks
+from experiments import assets, data, display, logs, pages, processes, recipes, record, tasks
 from experiments.baselines import Baseline, Baselines
 from experiments.batches import batches
 from experiments.data import Rows
@@ -269,11 +268,11 @@ def main(_: list[str]) -> None:
         logging.set_verbosity(logging.ERROR)
     assets.keep_compiled()
     try:
-        start(flags.FLAGS.config, Console())
+        start(pages.read(), Console())
     except (ValueError, FloatingPointError, TimeoutError, assets.Missing, Interrupted) as error:
         raise SystemExit(f"finetune: {error}") from error
 
 
 if __name__ == "__main__":  # several scripts have a flag of this name
-    config_flags.DEFINE_config_file("config", str(Path(__file__).parent / "configs" / "reviews.py"))
+    pages.define("reviews.py")
     app.run(main)

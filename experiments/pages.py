@@ -1,8 +1,44 @@
-"""Reading values of a page that several scripts share."""
+"""The flag --config, and reading values of a page that several scripts share."""
 
+import difflib
+from pathlib import Path
 from typing import Any
 
 import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from experiments import recipes
+
+NEW = {"lock_config": False, "accept_new_attributes": True}
+
+
+def define(name: str, values: flags.FlagValues = flags.FLAGS, argv: list[str] | None = None) -> None:
+    """Defines --config, by default a page in configs/; `read` gives it, with what other flags say."""
+    page = str(Path(__file__).parent / "configs" / name)
+    config_flags.DEFINE_config_file("config", page, flag_values=values, sys_argv=argv, **NEW)
+
+
+def read(values: flags.FlagValues = flags.FLAGS) -> ml_collections.ConfigDict:
+    """The page that flags give. The block of a method takes what peftjax's function does, on the page or not.
+
+    Raises:
+      ValueError: a flag of a setting that is not on the page, and is no argument of a method.
+    """
+    plain, flag = flags.FlagValues(), values["config"]
+    config_flags.DEFINE_config_file("config", flag.config_filename, flag_values=plain, sys_argv=[""])
+    for path, x in flag.override_values.items():
+        *blocks, name = path.split(".")
+        held = plain["config"].value
+        for block in blocks:
+            held = held[block]
+        if name not in held and len(blocks) == 1 and blocks[0] in recipes.METHODS:
+            recipes.check(blocks[0], {name: x})
+        elif name not in held:
+            nearest = "".join(f"; the nearest is {near}" for near in difflib.get_close_matches(name, held, 1))
+            raise ValueError(f"--config.{path}: the page has no such setting{nearest}")
+    flag.value.lock()
+    return flag.value
 
 
 def listed(names: Any) -> list[str]:

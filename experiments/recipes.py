@@ -1,6 +1,7 @@
 """The methods that the scripts of texts offer, from a page of settings: the block of a method holds its arguments."""
 
-from typing import Any
+import inspect
+from typing import Any, Mapping
 
 import ml_collections
 
@@ -55,9 +56,31 @@ def method(c: ml_collections.ConfigDict, steps: int) -> pj.Method:
         return pj.unfreeze(HEAD)
     if c.method == "bitfit":
         return pj.chain(pj.bitfit(), pj.unfreeze(f"{HEAD}/kernel"))
-    given = {**FIXED.get(c.method, {}), **c.get(c.method, {})}
+    block = c[c.method].to_dict() if c.method in c else {}
+    check(c.method, block)
+    given = {**FIXED.get(c.method, {}), **block}
     given |= {"total_steps": steps} if c.method == "adalora" else {}
     try:
         return pj.chain(getattr(pj, c.method)(**given), pj.unfreeze(HEAD))
     except TypeError as error:
         raise ValueError(f"method {c.method!r}: {error}") from error
+
+
+def check(name: str, given: Mapping[str, Any]) -> None:
+    """Looks at arguments of a method, which its block may hold beside those of the page.
+
+    Raises:
+      ValueError: one that peftjax's function does not take, or that the run itself gives, or a word that is no number.
+    """
+    taken = {k: x.default for k, x in inspect.signature(getattr(pj, name)).parameters.items() if k != "total_steps"}
+    for argument, x in given.items():
+        if argument not in taken:
+            raise ValueError(f"method {name!r} has no argument {argument!r}, only {', '.join(taken) or 'none'}")
+        usual = taken[argument]
+        if isinstance(usual, (bool, float, int)) and not _alike(x, usual):
+            kind = "True or False" if isinstance(usual, bool) else "a number"
+            raise ValueError(f"method {name!r}, {argument} {x!r}: expected {kind}, such as {usual!r}")
+
+
+def _alike(x: Any, usual: Any) -> bool:
+    return isinstance(x, (float, int)) and isinstance(x, bool) == isinstance(usual, bool)

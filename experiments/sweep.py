@@ -17,13 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import ml_collections
 import numpy as np
-from absl import app, flags
-from ml_collections import config_flags
+from absl import app
 from rich.console import Console
 from rich.table import Table
 
 import peftjax as pj
-from experiments import assets, data, finetune, recipes, tasks
+from experiments import assets, data, finetune, pages, recipes, tasks
 from experiments.data import Rows
 from experiments.interruption import Interrupted
 from experiments.ledger import Ledger
@@ -45,7 +44,7 @@ class Setting:
 
     def laid(self, c: ml_collections.ConfigDict, seed: int) -> ml_collections.ConfigDict:
         """The page with it."""
-        made = ml_collections.ConfigDict(c.to_dict())
+        made = c.copy_and_resolve_references()
         made.method, made.seed, made.rate[self.method] = self.method, seed, self.rate
         if self.size is not None:
             made[self.method][recipes.METHODS[self.method]] = self.size
@@ -214,11 +213,11 @@ def main(_: list[str]) -> None:
     """Does the runs that the flags ask for."""
     assets.keep_compiled()
     try:
-        run(flags.FLAGS.config, Console())
+        run(pages.read(), Console())
     except (ValueError, assets.Missing, Interrupted) as error:
         raise SystemExit(f"sweep: {error}") from error
 
 
 if __name__ == "__main__":  # several scripts have a flag of this name
-    config_flags.DEFINE_config_file("config", str(Path(__file__).parent / "configs" / "sweep.py"))
+    pages.define("sweep.py")
     app.run(main)

@@ -30,8 +30,10 @@ def get_config() -> ml_collections.ConfigDict:
     c.fixed = False  # True pads every batch to `length`, and compiles once; False to a few lengths
 
     c.method = "lora"  # or another block here, "layer_norm", "bitfit", "head", "full", or "scratch": no pretraining
-    c.lora = ml_collections.ConfigDict({"rank": 8, "alpha": 16.0, "dropout": 0.0})
-    c.dora = ml_collections.ConfigDict({"rank": 8, "alpha": 16.0})
+    # A block takes all other arguments of its method too: --config.lora.init=pissa
+    plain = {"convert_dict": False}  # keeps patterns, as --config.lora.rank_pattern="{'.*query': 2}"
+    c.lora = ml_collections.ConfigDict({"rank": 8, "alpha": 16.0, "dropout": 0.0}, **plain)
+    c.dora = ml_collections.ConfigDict({"rank": 8, "alpha": 16.0}, **plain)
     c.adalora = ml_collections.ConfigDict({"rank": 12, "target_rank": 8})
     c.vera = ml_collections.ConfigDict({"rank": 256})
     c.loha = ml_collections.ConfigDict({"rank": 8, "alpha": 16.0})
