@@ -3,6 +3,9 @@
 import json
 import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -13,6 +16,23 @@ from test_experiments import place  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "experiments" / "notebooks"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The notebooks' folder in a copy of the repository, which Python would not find by itself; what they write stays there."""
+    made = tmp_path / "repository" / "experiments" / "notebooks"
+    made.mkdir(parents=True)
+    for path in (ROOT / "experiments").iterdir():
+        if path.name not in ("notebooks", "__pycache__"):
+            (made.parent / path.name).symlink_to(path)
+    (tmp_path / "repository" / "peftjax").symlink_to(ROOT / "peftjax")
+    return made
+
+
+def clean(**more):
+    """The environment of a process that is not told where the repository is."""
+    return {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"JAX_PLATFORMS": "cpu", **more}
 
 
 def executed(name, folder, **settings):
@@ -27,9 +47,8 @@ def executed(name, folder, **settings):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
-    env = {**cache, **os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}})
-    client.execute(env=env)
+    client.execute(env=cache | clean())
     return notebook
 
 
@@ -51,9 +70,35 @@ def test_notebooks_are_kept_without_results(path):
     assert sum("parameters" in cell["metadata"].get("tags", ()) for cell in code) == 1
 
 
-def test_sharded(place, tmp_path):  # noqa: F811
+def settled(name, cwd, repository):
+    """Where the packages are from after the first cells of a notebook, in a process in `cwd`."""
+    cells = [cell.source for cell in nbformat.read(FOLDER / f"{name}.ipynb", as_version=4).cells if cell.cell_type == "code"]
+    said = "\nimport peftjax, experiments\nprint(peftjax.__file__, experiments.__file__)"
+    script = f"{cells[0]}\nrepository = {repository!r}\n{cells[1]}{said}"
+    return subprocess.run([sys.executable, "-c", script], cwd=cwd, env=clean(), capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("name", ["quickstart", "sharded"])
+def test_where_the_repository_is_not_it_is_cloned_once(name, tmp_path):
+    """As in Colab, and after a restart of its kernel, beside a folder called as the package."""
+    source, here = tmp_path / "source", tmp_path / "content"
+    for part in ("peftjax", "experiments"):
+        shutil.copytree(ROOT / part, source / part, ignore=shutil.ignore_patterns("__pycache__"))
+    git = ["git", "-C", str(source), "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *command], check=True)
+    (here / "peftjax").mkdir(parents=True)
+    done = settled(name, here, "")
+    assert done.returncode and "set `repository` above to the address of its repository" in done.stderr
+    for address in (f"file://{source}", "file:///nowhere"):  # the second time nothing is fetched
+        done = settled(name, here, address)
+        clone = here / "peftjax-repository"
+        assert done.stdout.splitlines()[-1] == f"{clone}/peftjax/__init__.py {clone}/experiments/__init__.py", done.stderr
+
+
+def test_sharded(place, folder):  # noqa: F811
     small = {"model": str(place / "model"), "rows": str(place / "mine.csv"), "length": 8, "batch": 16}
-    found = printed(executed("sharded", tmp_path, **small, steps=8, every=2, plan_length=16))
+    found = printed(executed("sharded", folder, **small, steps=8, every=2, plan_length=16))
     assert "8 x cpu" in found and "{'data': 2, 'fsdp': 2, 'model': 2}" in found
     assert re.search(r"all-reduce +\d+ times", found)
     assert "step 4: loss" in found and "ended with -9" in found
@@ -64,9 +109,9 @@ def test_sharded(place, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("method", ["adapter", pytest.param("lora", marks=pytest.mark.full)])
-def test_quickstart(method, place, tmp_path):  # noqa: F811
+def test_quickstart(method, place, folder):  # noqa: F811
     small = {"model": str(place / "model"), "rows": str(place / "mine.csv"), "length": 8, "batch": 16, "most": 128}
-    found = printed(executed("quickstart", tmp_path, **small, method=method, rate=3e-2, rates=(1e-3,), epochs=2))
+    found = printed(executed("quickstart", folder, **small, method=method, rate=3e-2, rates=(1e-3,), epochs=2))
     assert re.search(r"on \d+ x cpu \(cpu\)", found)
     assert "bert/encoder/layer/0/attention/self/query/kernel" in found
     assert "the largest change of a logit: 0.0" in found and "merged: 0" in found
