@@ -108,9 +108,9 @@ def load(name: str, text: str = "text", label: str = "label", classes: Sequence[
 
 
 def check_columns(name: str, **columns: str) -> None:
-    """Raises where columns of the reviews, by the flags that set them, are not called as they are: nothing reads them."""
-    if other := {flag: column for flag, column in columns.items() if name == "reviews" and column != flag}:
-        flag, column = next(iter(other.items()))
+    """Raises where columns of the reviews, by the flags that set them, have other names than these: nothing reads them."""
+    if other := [(flag, column) for flag, column in columns.items() if name == "reviews" and column != flag]:
+        flag, column = other[0]
         raise ValueError(
             f"--config.{flag}={column}: the reviews have no such column, only {', '.join(columns)}; "
             "name a file with --config.data="
@@ -118,7 +118,7 @@ def check_columns(name: str, **columns: str) -> None:
 
 
 def identity(name: str) -> dict[str, str]:
-    """What else than its name tells a file from what it held before; nothing for a data set, whose versions do not change."""
+    """What, beside its name, tells a file from what it held before; nothing of a data set that has a name of its own."""
     return {"digest": files.digest(Path(name))} if files.is_path(name) else {}
 
 

@@ -168,7 +168,7 @@ def read_winners(path: Path, c: ml_collections.ConfigDict) -> dict[str, Any]:
     """The winners in a file.
 
     Raises:
-      ValueError: no such file, or one of another version, or of other data, another model or another task than the page's.
+      ValueError: no such file, or one of another version, or of another data set, model or task than the page's.
     """
     if not path.is_file():
         raise ValueError(

@@ -122,7 +122,8 @@ def test_runs_that_differ_in_rate_size_or_rows_have_their_own_folders(place, tmp
     c = tiny(comparing.get_config(), place, **small, baselines=("words",), rows=(32, 96), passes=(3, 3), seeds=(0,))
     c.winners, c.rate.lora = "", 3e-2
     found = printed(compare.run, c)[0]
-    assert {x.name for x in (tmp_path / "compare").iterdir()} == {f"mine-lora-seed0-rank8-rate0.03-rows{n}" for n in (32, 96)}
+    names = {f"mine-lora-seed0-rank8-rate0.03-rows{n}" for n in (32, 96)}
+    assert {folder.name for folder in (tmp_path / "compare").iterdir()} == names
     (tmp_path / "compare.jsonl").unlink()  # as if they had been killed just before their rows were written
     again = printed(compare.run, c)[0]
     ours = lambda results: [(one["correct"], one["seconds"]) for one in results if one["method"] == "lora"]
@@ -135,8 +136,9 @@ def test_runs_that_differ_in_rate_size_or_rows_have_their_own_folders(place, tmp
 def test_a_file_that_changed_is_another_data_set(place, tmp_path):  # noqa: F811
     """The same path with other labels: nothing of what was measured before is shown for it."""
     path, text = tmp_path / "own.csv", (place / "mine.csv").read_text()
-    c = tiny(comparing.get_config(), place, methods=("head",), baselines=("words",), rows=(96,), passes=(1,), seeds=(0,))
-    c.update({"winners": "", "data": str(path), "out": str(tmp_path)})
+    small = {"methods": ("head",), "baselines": ("words",), "rows": (96,), "passes": (1,), "seeds": (0,), "winners": ""}
+    c = tiny(comparing.get_config(), place, **small)
+    c.update({"data": str(path), "out": str(tmp_path)})
     path.write_text(text)
     before = printed(compare.run, c)[0]
     head, *lines = text.split("\n")
@@ -164,7 +166,8 @@ def test_a_quick_comparison_is_what_flags_ask_for():
     values(asked)
     compare.quicken(values["config"].value, values["config"].override_values)
     made = compare.runs(values["config"].value)
-    assert {one.method for one in made} == {"words", "probe", "lora", "full"} and {one.rows for one in made} == {100, 250}
+    assert {one.method for one in made} == {"words", "probe", "lora", "full"}
+    assert {one.rows for one in made} == {100, 250}
     assert {one.seed for one in made} == {0} and values["config"].value.winners == ""
     assert compare.page(values["config"].value, made[-1]).epochs == 3
 
@@ -183,9 +186,11 @@ def test_the_paired_difference():
 def test_a_baseline_that_cannot_be_computed_is_named(place, tmp_path):  # noqa: F811
     lines = [f"{'xyz'[k % 3]} {'ab'[k % 2]},{('bad', 'good')[k % 2]}" for k in range(60)]
     (tmp_path / "short.csv").write_text("\n".join(["text,label", *lines]))
-    c = tiny(comparing.get_config(), place, methods=("head",), baselines=("words",), rows=(32,), passes=(1,), seeds=(0,))
-    c.update({"winners": "", "data": str(tmp_path / "short.csv"), "out": str(tmp_path)})
-    with pytest.raises(ValueError, match="method='words', rows=32, seed=0.: no text .*; --config.baselines= does without 'words'"):
+    small = {"methods": ("head",), "baselines": ("words",), "rows": (32,), "passes": (1,), "seeds": (0,), "winners": ""}
+    c = tiny(comparing.get_config(), place, **small)
+    c.update({"data": str(tmp_path / "short.csv"), "out": str(tmp_path)})
+    words = "method='words', rows=32, seed=0.: no text .*; --config.baselines= does without 'words'"
+    with pytest.raises(ValueError, match=words):
         printed(compare.run, c)
     c.baselines = ()
     assert [one["method"] for one in printed(compare.run, c)[0]] == ["head"]

@@ -25,4 +25,5 @@ def test_a_ledger_finds_runs_by_their_settings(tmp_path):
     path = tmp_path / "runs.jsonl"
     path.write_text(path.read_text() + path.read_text()[:40])
     again = Ledger(path, 1)
-    assert again.find({"rate": 0.1, "rows": (1, 2)}) == {"value": 3} and again.find({"rate": 0.2, "rows": (1, 2)}) is None
+    assert again.find({"rate": 0.1, "rows": (1, 2)}) == {"value": 3}
+    assert again.find({"rate": 0.2, "rows": (1, 2)}) is None

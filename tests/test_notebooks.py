@@ -20,7 +20,7 @@ FOLDER = ROOT / "experiments" / "notebooks"
 
 @pytest.fixture
 def folder(tmp_path):
-    """The notebooks' folder in a copy of the repository, which Python would not find by itself; what they write stays there."""
+    """The notebooks' folder in a repository that Python would not find by itself; what they write stays there."""
     made = tmp_path / "repository" / "experiments" / "notebooks"
     made.mkdir(parents=True)
     for path in (ROOT / "experiments").iterdir():
@@ -72,10 +72,11 @@ def test_notebooks_are_kept_without_results(path):
 
 def settled(name, cwd, repository):
     """Where the packages are from after the first cells of a notebook, in a process in `cwd`."""
-    cells = [cell.source for cell in nbformat.read(FOLDER / f"{name}.ipynb", as_version=4).cells if cell.cell_type == "code"]
+    notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+    cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
     said = "\nimport peftjax, experiments\nprint(peftjax.__file__, experiments.__file__)"
     script = f"{cells[0]}\nrepository = {repository!r}\n{cells[1]}{said}"
-    return subprocess.run([sys.executable, "-c", script], cwd=cwd, env=clean(), capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", script], cwd=cwd, env=clean(), capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("name", ["quickstart", "sharded"])

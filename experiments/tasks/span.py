@@ -131,8 +131,8 @@ def _answers(where: str, answer: Any, context: str) -> tuple[Answer, ...]:
     given = [(context.find(answer), answer)] if isinstance(answer, str) else _of_squad(answer)
     if not given or not all(type(start) is int and isinstance(text, str) and text.strip() for start, text in given):
         raise ValueError(
-            f'{where}: expected an answer, or {{"text": [texts], "answer_start": [whole numbers]}} with as many of both, '
-            f"found {answer!r}"
+            f'{where}: expected an answer, or {{"text": [texts], "answer_start": [whole numbers]}} with as many of '
+            f"both, found {answer!r}"
         )
     for start, text in given:
         if start < 0 or context[start : start + len(text)] != text:
