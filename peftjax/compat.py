@@ -65,6 +65,13 @@ def explicit_spec(x: Any) -> Any:
     return tuple(sharding.spec) + (None,) * (jnp.ndim(x) - len(sharding.spec))
 
 
+def is_spread(x: Any) -> bool:
+    """Whether x lies on a mesh of several devices, whatever its partition there, which only explicit axes tell."""
+    mesh = getattr(getattr(jax.typeof(x), "sharding", None), "mesh", None)
+    sizes = () if mesh is None or mesh.empty else zip(mesh.axis_types, mesh.shape.values())
+    return any(n > 1 for kind, n in sizes if kind is not AxisType.Manual)
+
+
 def product_sharding(x: Any, w: Any, xs: Sequence[Any], ws: Sequence[Any], out: Sequence[Any]) -> Any:
     """Under explicit axes: where each axis of a product lies, from its operands' axes; None elsewhere."""
     specs = [(x, xs, explicit_spec(x)), (w, ws, explicit_spec(w))]

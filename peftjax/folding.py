@@ -13,9 +13,11 @@ def can_fold(w: Weight, x: Any) -> bool:
     """Whether summing the operator loses nothing against summing outputs: float32, no dropout, no explicit axes.
 
     Nor a dense array between factors: its own output, which gradients for the factors need, would be a product more.
-    Nor where no term is dense: there is no product to spare.
+    Nor where no term is dense: there is no product to spare. Nor on a mesh: where it splits the base, the sum would be
+    gathered going forward, and the base once more going back, which reads it alone.
     """
     wide = jnp.finfo(w.type.dtype).bits >= 32 and w.type.dtype == x.dtype
+    arrays = [x, *(t.dense for t in w.terms if t.dense is not None)]
     return (
         wide
         and w.plain is None
@@ -23,6 +25,7 @@ def can_fold(w: Weight, x: Any) -> bool:
         and any(t.dense is not None for t in w.terms)
         and not any(t.dense is not None and t.factors for t in w.terms)
         and compat.explicit_spec(x) is None
+        and not any(map(compat.is_spread, arrays))
     )
 
 

@@ -11,7 +11,8 @@ Measured on two shared cores, jax 0.10.2: 0.699 of the FLOPs, 1.037 of the memor
 that makes the gradients of weights; attention's softmax, GELU and the norms cost the same in both. Two things that XLA on
 CPU does had to be kept from happening: turning the activations for the gradient of A and B (0.94 of the time with it),
 and holding both `x W` and `(x A) B` for the backward pass of what follows (1.16 of the memory), which summing the weights
-first avoids where there are more rows than weights. DoRA's step: 1.004 of LoRA's FLOPs and 1.10 of its memory; the
+first avoids where there are more rows than weights (on one device: on a mesh that splits the weights, a sum would be
+gathered beside what it is the sum of). DoRA's step: 1.004 of LoRA's FLOPs and 1.10 of its memory; the
 gradient of a magnitude reads the output below it.
 """
 
