@@ -19,6 +19,8 @@ from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from peftjax.hlo import Program
+from peftjax.roles import Role, Roles
+from peftjax.sharding import shardings
 from peftjax.sharding_rules import by_metadata, by_rules, make_mesh
 
 pytestmark = pytest.mark.third_party  # optax's own promotions
@@ -136,6 +138,34 @@ def test_explicit_axes(accumulate):
         state, _ = pj.make_train_step(apply, loss, tx, mesh, accumulate=accumulate)(state, {"x": x})
     for got, want in zip(jax.tree.leaves(state.trainable), jax.tree.leaves(plain.trainable), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+
+
+def test_a_penalty_and_an_update_under_explicit_axes():
+    """AdaLoRA's, whose norms and scores are of whole matrices: of kernels in parts, and of experts on several devices."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    specs = {"up": P(None, "model"), "down": P("model", None), "experts": P("data", None, "model")}
+    draw = lambda k, *shape: jax.random.normal(jax.random.key(k), shape)
+    params = {"up": draw(0, 4, 8), "down": draw(1, 8, 6), "experts": draw(2, 4, 4, 8)}
+    axes = {"up": "io", "down": "io", "experts": "bio"}
+    roles = Roles({k: Role(op="linear", axes=x, order=0, uses=("dot_general",)) for k, x in axes.items()})
+    method = pj.adalora(rank=3, target_rank=1, total_steps=8, tinit=1, tfinal=2)
+    tuned = method.init(KEY, params, roles)
+
+    @jax.jit
+    def step(trainable, frozen, grads):
+        value, pulled = jax.value_and_grad(lambda t: method.penalty(pj.combine(t, frozen)))(trainable)
+        return value, pulled, method.update(pj.combine(trainable, frozen), grads, 2)
+
+    trainable, frozen = pj.partition(tuned)
+    trainable, grads = (jax.tree.map(lambda x: draw(k, *x.shape), trainable) for k in (3, 4))
+    want = step(trainable, frozen, grads)
+    with jax.set_mesh(mesh):
+        lies = pj.partition(shardings(tuned, mesh, specs))
+        got = step(*jax.device_put((trainable, frozen, grads), (*lies, lies[0])))
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+    assert got[2]["experts"].kept.sharding.spec == P("data", None)
+    assert sum(int(x.kept.sum()) for x in got[2].values()) == 12  # of 18; 6 in the end
 
 
 def collectives(compiled, kind):

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from peftjax import compat
 from peftjax.budget import Plan
 from peftjax.factored import Factor, Term
 from peftjax.lowrank import checked, layered, orthonormality_gap, replaced, shapes
@@ -63,7 +64,8 @@ class AdaLoRA(Overlay):
         return f"rank={self.e.shape[-1]}" if hasattr(self.e, "shape") else ""
 
     def rows(self, name: str, array: Any) -> Any:
-        """An array that lies like this field, as (matrices, rank, entries)."""
+        """An array with the axes of this field, as (matrices, rank, entries), whole on every device."""
+        array = compat.gathered(array)
         labels, kept = self.labels()[name], self.labels()["e"]
         own = [k for k, label in enumerate(labels) if label not in kept]
         order = [*map(labels.index, kept), *own]
@@ -91,7 +93,8 @@ class AdaLoRA(Overlay):
     def pruned(self, cutoff: Any, step: Any) -> "AdaLoRA":
         """With ranks chosen anew where it is time, and those not chosen at zero then, and after the last time."""
         prunes = self.plan.prunes(step)
-        kept = jnp.where(prunes, (self.score() > cutoff).reshape(self.kept.shape), self.kept)
+        chosen = compat.like((self.score() > cutoff).reshape(self.kept.shape), compat.type_of(self.kept))
+        kept = jnp.where(prunes, chosen, self.kept)
         return self.replace(kept=kept, e=jnp.where(~kept & (prunes | (step > self.plan.end)), 0, self.e))
 
 
