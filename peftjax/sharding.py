@@ -5,6 +5,7 @@ import warnings
 from typing import Any, NamedTuple, Sequence
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from peftjax import compat
@@ -36,13 +37,15 @@ def specs(tuned: Any, base_specs: Any, mesh: Mesh | None = None) -> Any:
       tuned: a tree with overlays; shapes are enough.
       base_specs: a tree of `PartitionSpec` like `strip(tuned)`, or a prefix of it: one spec may stand for a whole
         subtree. None means replicated.
-      mesh: where given, an axis of a field that it does not divide is replicated, and a warning lists them all.
+      mesh: where given, an axis of an array that it does not divide is replicated, as in the fields on a base so split,
+        and a warning lists them all.
 
     Returns:
       `tuned` with a `PartitionSpec` in the place of every array.
 
     Raises:
-      ValueError: a spec has more entries than its array has axes, or the trees differ.
+      ValueError: a spec has more entries than its array has axes, or names an axis that the mesh does not have; or the
+        trees differ.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj
@@ -56,9 +59,11 @@ def specs(tuned: Any, base_specs: Any, mesh: Mesh | None = None) -> Any:
     misfits: list[Misfit] = []
 
     def placed(path: str, leaf: Any) -> Any:
+        bottom = leaf.bottom if isinstance(leaf, Overlay) else leaf
+        spec = fitted(path, bottom, named[path], mesh, misfits)
         if not isinstance(leaf, Overlay):
-            return named[path]
-        return _overlay(leaf, entries_of(path, named[path], leaf.bottom), path, mesh, misfits)
+            return spec
+        return _overlay(leaf, entries_of(spec, bottom), path, mesh, misfits)
 
     made = map_leaves(placed, tuned)
     tell(misfits, 3)
@@ -76,7 +81,7 @@ def shardings(tuned: Any, mesh: Mesh, base_specs: Any) -> Any:
       `tuned` with a `NamedSharding` in the place of every array.
 
     Raises:
-      ValueError: a spec has more entries than its array has axes, or the trees differ.
+      ValueError: as `specs` says.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj
@@ -119,7 +124,7 @@ def _layout(bottom: Any) -> Any:
     sharding = bottom.sharding if isinstance(bottom, jax.Array) else None
     if not isinstance(sharding, NamedSharding) or sharding.num_devices == 1:
         return None
-    return sharding.mesh, entries_of("", sharding.spec, bottom), jax.device_put
+    return sharding.mesh, entries_of(sharding.spec, bottom), jax.device_put
 
 
 def _overlay(x: Any, entries: tuple[Any, ...], path: str, mesh: Any, misfits: list[Misfit]) -> Any:
@@ -151,6 +156,12 @@ def _field(where: str, x: Any, axes: Any, entries: tuple[Any, ...], mesh: Any, m
 
 def fitted(name: str, x: Any, entries: Sequence[Any], mesh: Any, misfits: list[Misfit]) -> PartitionSpec:
     """The spec of these entries, one an axis of x; an axis that the mesh does not divide is replicated, and noted."""
+    if len(entries) > jnp.ndim(x):
+        raise ValueError(
+            f"{name}: {entries} has {len(entries)} entries, expected at most {jnp.ndim(x)}, for {jnp.shape(x)}"
+        )
+    if mesh is not None:
+        check_axes(name, entries, mesh)
     kept = list(entries)
     for k, entry in enumerate(entries):
         ways = math.prod(mesh.shape[axis] for axis in axes_of(entry)) if mesh is not None else 1
@@ -158,6 +169,13 @@ def fitted(name: str, x: Any, entries: Sequence[Any], mesh: Any, misfits: list[M
             misfits.append(Misfit(name, k, x.shape[k], entry, ways))
             kept[k] = None
     return PartitionSpec(*kept)
+
+
+def check_axes(where: str, spec: Sequence[Any], mesh: Any) -> None:
+    """Raises where a spec names an axis that the mesh does not have."""
+    used = [name for entry in spec for name in axes_of(entry)]
+    if unknown := [name for name in used if name not in mesh.axis_names]:
+        raise ValueError(f"{where}: the mesh has no axis {unknown[0]!r}; expected one of {', '.join(mesh.axis_names)}")
 
 
 def tell(misfits: Sequence[Misfit], depth: int) -> None:
@@ -172,10 +190,8 @@ def axes_of(entry: Any) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
-def entries_of(path: str, spec: Any, base: Any) -> tuple[Any, ...]:
+def entries_of(spec: Any, base: Any) -> tuple[Any, ...]:
     """The entries of a spec, one an axis of its array."""
-    if len(spec) > base.ndim:
-        raise ValueError(f"{path}: {spec} has {len(spec)} entries, expected at most {base.ndim}, for {base.shape}")
     return (*spec, *(None,) * (base.ndim - len(spec)))
 
 

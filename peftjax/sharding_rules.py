@@ -11,7 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from peftjax.flat import near
 from peftjax.paths import flatten, path_of
-from peftjax.sharding import Misfit, axes_of, entries_of, fitted, tell
+from peftjax.sharding import Misfit, check_axes, fitted, tell
 
 NNX_NAMES = ("out_sharding", "sharding_names", "sharding")  # by age of Flax, the newest first
 Rules = Sequence[tuple[str, PartitionSpec]]
@@ -74,7 +74,7 @@ def by_rules(rules: Rules, params: Any, mesh: Mesh) -> Any:
       ((None, 'model'), ())
     """
     for pattern, spec in rules:
-        _check_axes(f"rule {pattern!r}", spec, mesh)
+        check_axes(f"rule {pattern!r}", spec, mesh)
     paths = [path for path, _ in flatten(params)]
     won = {path: next((rule for rule in rules if re.fullmatch(rule[0], path)), None) for path in paths}
     if idle := [pattern for pattern, spec in rules if (pattern, spec) not in won.values()]:
@@ -161,12 +161,6 @@ def _named(name: Any, mesh: Mesh, axes: Mapping[str, Any]) -> Any:
     )
 
 
-def _check_axes(where: str, spec: PartitionSpec, mesh: Mesh) -> None:
-    used = [name for entry in spec for name in axes_of(entry)]
-    if unknown := [name for name in used if name not in mesh.axis_names]:
-        raise ValueError(f"{where}: the mesh has no axis {unknown[0]!r}; expected one of {', '.join(mesh.axis_names)}")
-
-
 def _fitting(specs: Sequence[PartitionSpec], params: Any, mesh: Mesh) -> Any:
     """The specs in the place of arrays, as far as the mesh divides these."""
     misfits: list[Misfit] = []
@@ -174,6 +168,6 @@ def _fitting(specs: Sequence[PartitionSpec], params: Any, mesh: Mesh) -> Any:
     made = []
     for (where, x), spec in zip(leaves, specs, strict=True):
         path = path_of(where)
-        made.append(fitted(path, x, entries_of(path, spec, x)[: len(spec)], mesh, misfits))
+        made.append(fitted(path, x, spec, mesh, misfits))
     tell(misfits, 4)
     return jax.tree.unflatten(tree, made)

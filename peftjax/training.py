@@ -68,13 +68,13 @@ def train_state(
       model_state: what the model carries from step to step; replicated on the mesh unless it lies there already.
       mesh: the devices; None leaves every array where it is.
       specs: the partition of the base on the mesh, as `peftjax.sharding.specs` reads it: see `peftjax.sharding_rules`.
-        Overlay fields and the optimizer's state follow it.
+        Overlay fields and the optimizer's state follow it. An axis that the mesh does not divide is replicated, and said so.
 
     Returns:
       The state. What trains is copied, for a step donates its buffers, and the caller's are not ours to give.
 
     Raises:
-      ValueError: nothing trains, or specs without a mesh.
+      ValueError: nothing trains, or specs without a mesh, of axes that it does not have, or longer than their arrays.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, peftjax as pj

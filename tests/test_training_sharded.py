@@ -5,6 +5,7 @@ import functools
 import itertools
 import re
 import warnings
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,9 +19,10 @@ from test_training import token_loss
 from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from peftjax import sharding
 from peftjax.hlo import Program
+from peftjax.overlay import frozen, overlay, trained
 from peftjax.roles import Role, Roles
-from peftjax.sharding import shardings
 from peftjax.sharding_rules import by_metadata, by_rules, make_mesh
 
 pytestmark = pytest.mark.third_party  # optax's own promotions
@@ -160,7 +162,7 @@ def test_a_penalty_and_an_update_under_explicit_axes():
     trainable, grads = (jax.tree.map(lambda x: draw(k, *x.shape), trainable) for k in (3, 4))
     want = step(trainable, frozen, grads)
     with jax.set_mesh(mesh):
-        lies = pj.partition(shardings(tuned, mesh, specs))
+        lies = pj.partition(sharding.shardings(tuned, mesh, specs))
         got = step(*jax.device_put((trainable, frozen, grads), (*lies, lies[0])))
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
@@ -271,6 +273,46 @@ def test_where_an_axis_does_not_divide_it_is_replicated_and_said_so():
     with pytest.warns(UserWarning, match="v, axis 1 of 6, over 'model' in 8"):
         specs = by_rules([(".*", P(None, "model"))], params, mesh)
     assert specs == {"w": P(None, "model"), "v": P(None, None)}
+
+
+@overlay
+class Halves(pj.Overlay):
+    """A made-up overlay with a row for every two of its base's."""
+
+    base: Any = frozen()
+    rows: Any = trained()
+
+    def labels(self):
+        return {"rows": ((0,), "own")}
+
+
+def test_specs_by_hand_are_fitted_too():
+    """What the mesh does not divide is replicated in the base, the fields on it and the moments, and said once."""
+    mesh = make_mesh("data:2,model:4")
+    tuned = pj.lora(rank=2, targets="w").init(KEY, {"w": jnp.ones((6, 10)), "b": jnp.ones(6)})
+    with pytest.warns(UserWarning) as told:
+        state = pj.train_state(tuned, optax.adam(0.1), mesh=mesh, specs={"w": P("model"), "b": P(("data", "model"))})
+    (words,) = [str(x.message) for x in told]
+    assert words.endswith("them: b, axis 0 of 6, over ('data', 'model') in 8; w, axis 0 of 6, over 'model' in 4")
+    assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(state))
+    with pytest.warns(UserWarning, match="them: w/rows, axis 0 of 2, over 'model' in 4"):
+        made = sharding.specs({"w": Halves(base=jnp.ones((4, 3)), rows=jnp.ones((2, 1)))}, {"w": P("model")}, mesh)
+    assert made["w"].base == P("model", None) and made["w"].rows == P(None, None)
+
+
+@pytest.mark.parametrize(
+    "spec, words",
+    [
+        ({"w": P("modl"), "b": None}, "w: the mesh has no axis 'modl'; expected one of data, model"),
+        ({"w": None, "b": P(("data", "modl"))}, "b: the mesh has no axis 'modl'; expected one of data, model"),
+        ({"w": P(), "b": P(None, "model")}, r"b: .* has 2 entries, expected at most 1, for \(6,\)"),
+        (P(None, None, "model"), "has 3 entries, expected at most"),
+    ],
+)
+def test_specs_by_hand_that_are_wrong_are_named(spec, words):
+    tuned = pj.lora(rank=2, targets="w").init(KEY, {"w": jnp.ones((6, 8)), "b": jnp.ones(6)})
+    with pytest.raises(ValueError, match=words):
+        pj.train_state(tuned, optax.sgd(0.1), mesh=make_mesh("data:2,model:4"), specs=spec)
 
 
 def test_metadata_of_linen_and_nnx():
