@@ -87,7 +87,9 @@ class Runs:
             cleanup_tmp_directories=True,
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
-        self._last = -1 if (last := self._manager.latest_step()) is None else last
+        last = self._manager.latest_step()
+        self._last = -1 if last is None else last
+        self._compared = last is None  # whether what is there has been compared with what is saved or restored
 
     def __enter__(self) -> "Runs":
         return self
@@ -125,12 +127,16 @@ class Runs:
           metrics: what tells the best checkpoints, as `{"loss": 0.3}`.
 
         Raises:
-          ValueError: the metrics lack the one by which the best are told, or it is not finite.
+          ValueError: the metrics lack the one by which the best are told, or it is not finite; or, at the first call, the
+            folder holds checkpoints of another run, which those of this one would replace.
         """
         if metrics is not None and not np.isfinite(metrics.get(self.metric, np.nan)):
             raise ValueError(f"metrics {dict(metrics)}: expected a finite {self.metric!r}, which tells the best")
         held = _held(state)
-        page = {**self._page(state, held), "data": data}
+        own = self._page(state, held)
+        if not self._compared:
+            self._refuse_others(own)
+        page = {**own, "data": data}
         items = ocp.args.Composite(**{ARRAYS: ocp.args.StandardSave(held), PAGE: ocp.args.JsonSave(page)})
         told = None if metrics is None else {name: float(value) for name, value in metrics.items()}
         self._last = max(int(state.step), self._last + 1)
@@ -156,12 +162,25 @@ class Runs:
         if number is not None and number not in numbers:
             raise ValueError(f"{self.folder} holds no checkpoint {number}; expected one of {numbers}")
         at = numbers[-1] if number is None else number
-        page = self._manager.restore(at, args=ocp.args.Composite(**{PAGE: ocp.args.JsonRestore()}))[PAGE]
-        held = _held(state)
+        page, held = self._saved_page(at), _held(state)
         self._compare(f"{self.folder}, checkpoint {at}", page, self._page(state, held))
+        self._compared = True
         like = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in held.items()}
         found = self._manager.restore(at, args=ocp.args.Composite(**{ARRAYS: ocp.args.StandardRestore(like)}))[ARRAYS]
         return _filled(state, found), page["data"]
+
+    def _refuse_others(self, own: Mapping[str, Any]) -> None:
+        """Raises where the last checkpoint that was there is another run's."""
+        try:
+            self._compare(f"{self.folder}, checkpoint {self._last}", self._saved_page(self._last), own)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}\nIt is another run's, and saving would replace it: give this run a folder of its own"
+            ) from None
+        self._compared = True
+
+    def _saved_page(self, at: int) -> dict[str, Any]:
+        return self._manager.restore(at, args=ocp.args.Composite(**{PAGE: ocp.args.JsonRestore()}))[PAGE]
 
     def _page(self, state: TrainState, held: Mapping[str, Any]) -> dict[str, Any]:
         base = strip(state.tuned)

@@ -161,6 +161,42 @@ def test_another_run_is_refused_and_named(tmp_path):
             runs.restore(start(), 7)
 
 
+OTHERS = {
+    "rank": (lambda folder: Runs(folder, RANK_3), lambda: start(method=RANK_3), "another method"),
+    "optimizer": (lambda folder: Runs(folder, METHOD), lambda: start(tx=optax.sgd(0.1)), "another optimizer or tree"),
+    "settings": (lambda folder: Runs(folder, METHOD, settings={"seed": 1}), start, "seed: found none, expected 1"),
+}
+RANK_3 = pj.lora(rank=3, alpha=6, dropout=0.3, targets=".*")
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_another_run_saves_nothing_where_one_has_saved(tmp_path, other):
+    """It would delete what is there: only the latest and the best are kept."""
+    opened, state, words = OTHERS[other]
+    with Runs(tmp_path / "a", METHOD) as runs:
+        runs.save(run(stepper(), start(), range(2)))
+    with opened(tmp_path / "a") as runs:
+        for _ in range(2):
+            with pytest.raises(ValueError, match=rf"(?s)checkpoint 2 has .*{words}.*a folder of its own"):
+                runs.save(state())
+        assert runs.numbers == [2]
+    with Runs(tmp_path / "a", METHOD) as runs:
+        assert int(runs.restore(start())[0].step) == 2
+
+
+def test_what_is_there_is_compared_once(tmp_path, monkeypatch):
+    """With the first that is saved or restored; a folder that was empty is this run's anyway."""
+    calls, compare = [], Runs._compare
+    monkeypatch.setattr(Runs, "_compare", staticmethod(lambda *args: calls.append(args) or compare(*args)))
+    saves = lambda runs: [runs.save(start()) for _ in range(3)]
+    for first, expected in ((saves, 0), (saves, 1), (lambda runs: runs.restore(start()), 1)):
+        calls.clear()
+        with Runs(tmp_path / "a", METHOD) as runs:
+            first(runs)
+            saves(runs)
+        assert len(calls) == expected
+
+
 def test_a_folder_of_something_else(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds other files"):
