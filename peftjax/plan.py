@@ -34,7 +34,7 @@ from peftjax.sharding_rules import make_mesh
 from peftjax.training import TrainState, TrainStep, make_train_step, state_of, train_state
 
 GIB = 2**30
-# Memory of a chip in GiB, by what JAX calls it.
+# Memory of a chip in GiB, by what JAX calls it: of those that are not there to say it.
 HBM = {"TPU v4": 32, "TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32}
 # What libtpu calls a slice of n chips.
 SLICES = {"v4": "v4-{0}", "v5e": "v5litepod-{1}", "v5p": "v5p-{0}", "v6e": "v6e-{1}"}
@@ -143,6 +143,20 @@ def devices(topology: str) -> list[Any]:
         ) from error
 
 
+def memory_of(device: Any) -> int | None:
+    """The bytes of memory of a device: what it says itself, such as a GPU, or its kind's; None where neither is known.
+
+    Args:
+      device: one of `jax.devices()`, or of a slice that is not there and says nothing.
+    """
+    try:
+        said = (device.memory_stats() or {}).get("bytes_limit")
+    except (jax.errors.JaxRuntimeError, NotImplementedError):
+        said = None
+    known = HBM.get(device.device_kind)
+    return said or (None if known is None else known * GIB)
+
+
 def cost(step: TrainStep, state: TrainState, batch: Any, name: str = "") -> Cost:
     """Compiles a step and reads what it costs; nothing runs, and abstract arrays serve.
 
@@ -178,7 +192,7 @@ def cost(step: TrainStep, state: TrainState, batch: Any, name: str = "") -> Cost
         device=first.device_kind,
         devices=count,
         trainable=sum(x.size for x in jax.tree.leaves(state.trainable)),
-        hbm=HBM[first.device_kind] * GIB if first.device_kind in HBM else None,
+        hbm=memory_of(first),
         flops=flops(step.advance, *step.arguments(state, batch)) / count,
     )
     try:

@@ -86,6 +86,51 @@ def test_less_that_trains_is_less_to_exchange(costs):
     assert 0 < moved[0] < moved[1]
 
 
+class Device:
+    """A device that says what memory it has, or how it does not."""
+
+    def __init__(self, said, kind="NVIDIA H100 80GB HBM3"):
+        self.said, self.device_kind = said, kind
+
+    def memory_stats(self):
+        if isinstance(self.said, Exception):
+            raise self.said
+        return self.said
+
+
+@pytest.mark.parametrize(
+    "device, expected",
+    [
+        (Device({"bytes_in_use": 5, "bytes_limit": 60 * 2**30}), 60 * 2**30),
+        (Device({"bytes_limit": 15 * 2**30}, "TPU v5 lite"), 15 * 2**30),
+        (Device(None, "TPU v5 lite"), 16 * 2**30),
+        (Device(jax.errors.JaxRuntimeError("UNIMPLEMENTED: not there"), "TPU v5 lite"), 16 * 2**30),
+        (Device({"bytes_in_use": 5}), None),
+        (Device(NotImplementedError()), None),
+    ],
+)
+def test_the_memory_of_a_device(device, expected):
+    assert plan.memory_of(device) == expected
+
+
+def test_a_step_is_compared_with_the_memory_of_the_devices_that_are_here(monkeypatch):
+    """As those of a GPU say; a CPU's say nothing."""
+    params = {"w": jax.ShapeDtypeStruct((8, 4), "float32")}
+    model = plan.Planned(
+        lambda params, batch: batch["x"] @ params["w"],
+        params,
+        {"x": jax.ShapeDtypeStruct((16, 8), "float32")},
+        None,
+        lambda y, batch: ((y**2).mean(), {}),
+    )
+    cost = lambda: plan.plan(model, make_mesh("data:8"), plan.METHODS["lora"](2), "lora")
+    assert (cost().hbm, cost().fits) == (None, None)
+    needed = cost().total
+    for limit, fits in ((needed, True), (needed - 1, False)):
+        monkeypatch.setattr(plan, "memory_of", lambda device, limit=limit: limit)
+        assert (cost().hbm, cost().fits) == (limit, fits)
+
+
 def test_the_table(costs):
     console = Console(file=io.StringIO(), width=80)
     large = dataclasses.replace(costs[1], name="adapter", trainable=405_000_000_000, arguments=2**37, flops=9e15)
