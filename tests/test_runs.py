@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import peftjax as pj
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 from peftjax.fingerprint import sums
 from peftjax.runs import Runs
@@ -101,6 +102,50 @@ def test_restores_onto_another_mesh(tmp_path):
             np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
         state, _ = runs.restore(start())
         run(stepper(), state, [2])
+
+
+class Normed(nnx.Module):
+    """A model that carries statistics of its batches, and a key for dropout with its count."""
+
+    def __init__(self, rngs):
+        self.up, self.norm = nnx.Linear(8, 16, rngs=rngs), nnx.BatchNorm(16, rngs=rngs)
+        self.drop, self.down = nnx.Dropout(0.5, rngs=rngs), nnx.Linear(16, 4, rngs=rngs)
+
+    def __call__(self, x):
+        return self.down(self.drop(self.norm(jnp.tanh(self.up(x)))))
+
+
+@functools.cache
+def normed():
+    """The model wrapped, its tuned tree, and its own state."""
+    graphdef, params, carried = nnx.split(Normed(nnx.Rngs(0)), nnx.Param, ...)
+
+    def fn(params, batch, model_state):
+        model = nnx.merge(graphdef, params, model_state)
+        return model(batch["x"]), nnx.state(model, nnx.Not(nnx.Param))
+
+    method = pj.lora(rank=2, targets=".*kernel.*")
+    return method, *pj.attach(method, fn, params, batch_of(0), carried, key=KEY), carried
+
+
+@pytest.mark.parametrize("axes", [None, "data:4,model:2"])
+def test_a_models_own_state_goes_on_bit_by_bit(tmp_path, axes):
+    method, apply, tuned, carried = normed()
+    mesh = axes and make_mesh(axes)
+    rules = [("up/kernel.*", P(None, "model")), ("down/kernel.*", P("model", None))]
+    specs = mesh and by_rules(rules, pj.strip(tuned), mesh)
+    begun = lambda: pj.train_state(tuned, TX, model_state=carried, mesh=mesh, specs=specs)
+    step = pj.make_train_step(apply, loss, TX, mesh)
+    whole = run(step, begun(), range(4))
+    with Runs(tmp_path / "a", method) as runs:
+        half = run(step, begun(), range(2))
+        runs.save(half)
+        runs.wait()
+        state, _ = runs.restore(begun())
+    same(state.model_state, half.model_state)
+    assert int(state.model_state["drop"]["rngs"]["count"].get_value()) == 2
+    assert np.abs(state.model_state["norm"]["mean"].get_value()).max() > 0
+    same(run(step, state, range(2, 4)), whole)
 
 
 def test_keeps_the_latest_and_the_best(tmp_path):
