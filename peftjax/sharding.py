@@ -154,7 +154,9 @@ def _field(where: str, x: Any, axes: Any, entries: tuple[Any, ...], mesh: Any, m
     return fitted(where, x, [entries[a[0]] if isinstance(a, tuple) else None for a in axes], mesh, misfits)
 
 
-def fitted(name: str, x: Any, entries: Sequence[Any], mesh: Any, misfits: list[Misfit]) -> PartitionSpec:
+def fitted(
+    name: str, x: Any, entries: Sequence[Any] | PartitionSpec, mesh: Any, misfits: list[Misfit]
+) -> PartitionSpec:
     """The spec of these entries, one an axis of x; an axis that the mesh does not divide is replicated, and noted."""
     if len(entries) > jnp.ndim(x):
         raise ValueError(
@@ -171,7 +173,7 @@ def fitted(name: str, x: Any, entries: Sequence[Any], mesh: Any, misfits: list[M
     return PartitionSpec(*kept)
 
 
-def check_axes(where: str, spec: Sequence[Any], mesh: Any) -> None:
+def check_axes(where: str, spec: Sequence[Any] | PartitionSpec, mesh: Any) -> None:
     """Raises where a spec names an axis that the mesh does not have."""
     used = [name for entry in spec for name in axes_of(entry)]
     if unknown := [name for name in used if name not in mesh.axis_names]:
