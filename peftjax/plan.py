@@ -14,16 +14,13 @@ import math
 import os
 import re
 import sys
-import time
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any, Callable, Sequence
 
 import jax
 import optax
 from jax.sharding import Mesh
 
 from peftjax.evaluate import wrap
-from peftjax.flops import flops
-from peftjax.hlo import Program, Traffic
 from peftjax.method import Method
 from peftjax.methods.adapter import adapter
 from peftjax.methods.dora import dora
@@ -31,11 +28,9 @@ from peftjax.methods.lora import lora
 from peftjax.roles import Roles, roles
 from peftjax.sharding import shardings
 from peftjax.sharding_rules import make_mesh
-from peftjax.training import TrainState, TrainStep, make_train_step, state_of, train_state
+from peftjax.step_cost import Cost, cost
+from peftjax.training import make_train_step, state_of, train_state
 
-GIB = 2**30
-# Memory of a chip in GiB, by what JAX calls it: of those that are not there to say it.
-HBM = {"TPU v4": 32, "TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32}
 # What libtpu calls a slice of n chips.
 SLICES = {"v4": "v4-{0}", "v5e": "v5litepod-{1}", "v5p": "v5p-{0}", "v6e": "v6e-{1}"}
 METHODS: dict[str, Callable[[int], Method | None]] = {
@@ -65,58 +60,6 @@ class Planned:
     loss: Callable[..., Any]
 
 
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """What one step costs each device.
-
-    Attributes:
-      name: of the method.
-      device, devices: their kind, and how many.
-      trainable: how many numbers train.
-      arguments, temporaries, outputs: bytes of the state and batch, of what a step holds besides, and of results that
-        do not take the place of arguments. None where it does not compile.
-      hbm: the memory of a device, in bytes; None where it is not known.
-      flops: of products, on one device.
-      cycles: the compiler's estimate, loops in full; `cycles_once` counts each loop's body once. 0 where it makes none.
-      collectives: the traffic by kind.
-      seconds: that tracing and compiling took.
-      error: why the compiler refused, in its words; None where it did not.
-    """
-
-    name: str
-    device: str
-    devices: int
-    trainable: int
-    arguments: int | None
-    temporaries: int | None
-    outputs: int | None
-    hbm: int | None
-    flops: float
-    cycles: int
-    cycles_once: int
-    collectives: Mapping[str, Traffic]
-    seconds: float
-    error: str | None = None
-
-    @property
-    def total(self) -> int | None:
-        """The bytes that a device needs; None where it does not compile."""
-        if self.arguments is None or self.temporaries is None or self.outputs is None:
-            return None
-        return self.arguments + self.temporaries + self.outputs
-
-    @property
-    def fits(self) -> bool | None:
-        """Whether it fits; None where the memory of the device is not known."""
-        if self.total is None:
-            return False
-        return None if self.hbm is None else self.total <= self.hbm
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON-able values."""
-        return {**dataclasses.asdict(self), "total": self.total, "fits": self.fits}
-
-
 def devices(topology: str) -> list[Any]:
     """The devices of a TPU slice that need not be there, such as "v5e:2x4" or "v5p:4x4x4"; "local" are those that are.
 
@@ -141,78 +84,6 @@ def devices(topology: str) -> list[Any]:
         raise ValueError(
             f'topology {topology!r}: no compiler for it here ({str(error).splitlines()[0]}); pip install "peftjax[plan]"'
         ) from error
-
-
-def memory_of(device: Any) -> int | None:
-    """The bytes of memory of a device: what it says itself, such as a GPU, or its kind's; None where neither is known.
-
-    Args:
-      device: one of `jax.devices()`, or of a slice that is not there and says nothing.
-    """
-    try:
-        said = (device.memory_stats() or {}).get("bytes_limit")
-    except (jax.errors.JaxRuntimeError, NotImplementedError):
-        said = None
-    known = HBM.get(device.device_kind)
-    return said or (None if known is None else known * GIB)
-
-
-def cost(step: TrainStep, state: TrainState, batch: Any, name: str = "") -> Cost:
-    """Compiles a step and reads what it costs; nothing runs, and abstract arrays serve.
-
-    Args:
-      step, state, batch: of `peftjax.make_train_step`, on a mesh.
-      name: of the method, for the table.
-
-    Returns:
-      The cost. A program that the compiler refuses, as one that does not fit, has its words in `error`.
-
-    Raises:
-      ValueError: the step has no mesh.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, optax, peftjax as pj
-      >>> from peftjax.plan import cost
-      >>> from peftjax.sharding_rules import make_mesh
-      >>> mesh = make_mesh("data:1", jax.devices()[:1])
-      >>> params = {"w": jax.ShapeDtypeStruct((8, 4), jnp.float32)}
-      >>> tuned = jax.eval_shape(lambda p: pj.lora(rank=2).init(jax.random.key(0), p), params)
-      >>> apply, tx = pj.wrap(lambda params, batch: batch["x"] @ params["w"]), optax.sgd(0.1)
-      >>> step = pj.make_train_step(apply, lambda y, batch: ((y**2).mean(), {}), tx, mesh)
-      >>> batch = {"x": jax.ShapeDtypeStruct((16, 8), jnp.float32)}
-      >>> cost(step, pj.train_state(tuned, tx, mesh=mesh), batch).trainable
-      24
-    """
-    if step.mesh is None:
-        raise ValueError("a step without a mesh has no devices to plan for; give make_train_step a mesh")
-    begun, first = time.perf_counter(), step.mesh.devices.flat[0]
-    count = step.mesh.devices.size
-    known: dict[str, Any] = dict(
-        name=name,
-        device=first.device_kind,
-        devices=count,
-        trainable=sum(x.size for x in jax.tree.leaves(state.trainable)),
-        hbm=memory_of(first),
-        flops=flops(step.advance, *step.arguments(state, batch)) / count,
-    )
-    try:
-        compiled = step.lower(state, batch).compile()
-    except jax.errors.JaxRuntimeError as error:
-        refused: dict[str, Any] = dict(
-            arguments=None, temporaries=None, outputs=None, cycles=0, cycles_once=0, collectives={}
-        )
-        return Cost(**known, **refused, seconds=time.perf_counter() - begun, error=str(error).split("\n\n")[0])
-    memory, program = compiled.memory_analysis(), Program(compiled.as_text())
-    return Cost(
-        **known,
-        arguments=memory.argument_size_in_bytes,
-        temporaries=memory.temp_size_in_bytes,
-        outputs=max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes),
-        cycles=program.cycles,
-        cycles_once=program.cycles_once,
-        collectives=program.collectives,
-        seconds=time.perf_counter() - begun,
-    )
 
 
 def plan(model: Planned, mesh: Mesh, method: Method | None, name: str = "", found: Roles | None = None) -> Cost:

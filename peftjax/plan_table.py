@@ -6,7 +6,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from peftjax.plan import GIB, Cost
+from peftjax.step_cost import GIB, Cost
 
 # What a column is called, over its unit: the numbers alone fit a terminal of 80 columns.
 COLUMNS = (

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from experiments.models.decoder import REMAT, planned
-from peftjax import plan
+from peftjax import plan, step_cost
 from peftjax.flops import flops
 from peftjax.plan_table import show
 from peftjax.sharding_rules import make_mesh
@@ -110,7 +110,7 @@ class Device:
     ],
 )
 def test_the_memory_of_a_device(device, expected):
-    assert plan.memory_of(device) == expected
+    assert step_cost.memory_of(device) == expected
 
 
 def test_a_step_is_compared_with_the_memory_of_the_devices_that_are_here(monkeypatch):
@@ -127,7 +127,7 @@ def test_a_step_is_compared_with_the_memory_of_the_devices_that_are_here(monkeyp
     assert (cost().hbm, cost().fits) == (None, None)
     needed = cost().total
     for limit, fits in ((needed, True), (needed - 1, False)):
-        monkeypatch.setattr(plan, "memory_of", lambda device, limit=limit: limit)
+        monkeypatch.setattr(step_cost, "memory_of", lambda device, limit=limit: limit)
         assert (cost().hbm, cost().fits) == (limit, fits)
 
 
