@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import jax
 import numpy as np
 
 PROMPT, PREFIX = 1, 2
@@ -92,6 +93,8 @@ def clean(shape: Any) -> Marked:
 
 def anything(x: Any) -> Marked:
     """A constant."""
+    if jax.dtypes.issubdtype(getattr(x, "dtype", None), jax.dtypes.extended):
+        return clean(x.shape)  # random keys are no numbers
     x = np.asarray(x)
     if x.dtype.kind not in "biuf":
         return clean(x.shape)

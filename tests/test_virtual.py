@@ -566,6 +566,24 @@ def test_packed_sequences_raise():
         pj.wrap_tokens(fn)(tuned, IDS, MASK, segment_ids=IDS)
 
 
+@pytest.mark.parametrize("made", ["outside", "inside"])
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_a_model_may_hold_random_keys(kind, made):
+    """Typed keys, as constants of the trace and made in it."""
+    fn, params, _, tuned = tuned_plain(kind)
+    held, tuned = KEY, drawn(tuned)
+
+    def noisy(params, input_ids, attention_mask):
+        x = fn(params, input_ids, attention_mask)
+        key = held if made == "outside" else jax.random.key(0)
+        kept = jax.random.bernoulli(jax.random.split(key)[1], 0.5, x.shape)
+        return x + 0 * kept.astype(x.dtype)
+
+    apply, want = pj.wrap_tokens(noisy), pj.wrap_tokens(fn)(tuned, IDS, MASK)
+    close(apply(tuned, IDS, MASK), want)
+    close(jax.jit(apply)(tuned, IDS, MASK), want)
+
+
 def test_narrow_ids_raise():
     fn = lambda params, input_ids, attention_mask: params["words"][input_ids.astype(jnp.int32)]
     params = {"words": jnp.ones((255, 2), jnp.float32)}
