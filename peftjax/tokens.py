@@ -11,7 +11,7 @@ from jax import lax
 
 from peftjax.call import Call
 from peftjax.causal import against_last, is_causal
-from peftjax.evaluate import evaluated, runner, traced
+from peftjax.evaluate import Passed, evaluated, runner, traced
 from peftjax.evaluator import Evaluator
 from peftjax.overlay import Output, Overlay, Table, layers, type_of
 from peftjax.paths import path_of
@@ -214,7 +214,7 @@ def _cut(names: Names, out: Any, long: Any, short: Any, sequence: Sequence) -> A
     """The outputs without virtual rows."""
     span = sequence.span
     kinds = zip(jax.tree_util.tree_leaves_with_path(long), jax.tree.leaves(short), strict=True)
-    leaves, tree = jax.tree.flatten(out, is_leaf=lambda x: isinstance(x, Overlay))
+    leaves, tree = jax.tree.flatten(out, is_leaf=lambda x: isinstance(x, Passed))
     cut = []
     for x, ((where, kind), other) in zip(leaves, kinds, strict=True):
         path = path_of(where)

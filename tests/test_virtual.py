@@ -584,6 +584,17 @@ def test_a_model_may_hold_random_keys(kind, made):
     close(jax.jit(apply)(tuned, IDS, MASK), want)
 
 
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_parameters_that_a_model_returns_come_back_as_they_are(kind):
+    """As a loop over an NNX state returns it, overlays and all."""
+    fn, params, apply, tuned = tuned_plain(kind)
+    both = pj.wrap_tokens(lambda params, input_ids, attention_mask: (fn(params, input_ids, attention_mask), params))
+    out, state = both(tuned, IDS, MASK)
+    close(out, apply(tuned, IDS, MASK))
+    pairs = zip(flatten(state), flatten(tuned), strict=True)
+    assert all(x is y if layers(y) else (x == y).all() for (_, x), (_, y) in pairs)
+
+
 def test_narrow_ids_raise():
     fn = lambda params, input_ids, attention_mask: params["words"][input_ids.astype(jnp.int32)]
     params = {"words": jnp.ones((255, 2), jnp.float32)}
