@@ -5,6 +5,7 @@ from typing import Any, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.extend import core as jex
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -124,6 +125,17 @@ def like(y: Any, kind: Any) -> Any:
     if explicit_spec(y) is None or kind.sharding.mesh.empty or jax.typeof(y).sharding == kind.sharding:
         return y
     return jax.sharding.reshard(y, kind.sharding)
+
+
+def agreed(told: Any, x: Any) -> Any:
+    """told where all devices say so over which x, inside `shard_map`, is the same; told itself elsewhere."""
+    names = _varying(told) - _varying(x)
+    return lax.pmin(told.astype(jnp.int32), tuple(sorted(names))).astype(bool) if names else told
+
+
+def _varying(x: Any) -> frozenset[str]:
+    kind: Any = jax.typeof(x)
+    return frozenset(kind.manual_axis_type.varying) if hasattr(kind, "manual_axis_type") else kind.vma
 
 
 def whole(x: Any, start: int, count: int) -> Any:

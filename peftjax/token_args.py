@@ -6,7 +6,6 @@ from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from peftjax import compat
@@ -130,35 +129,6 @@ def check_arguments(names: Names, found: dict[str, int], paths: dict[int, str], 
             f"wrap_tokens: {packed[0]} says that sequences are packed, and virtual tokens would stand before the first "
             "only; expected one sequence a row (or `types=` if these are token types)"
         )
-
-
-def check_values(names: Names, found: dict[str, int], call: Call) -> None:
-    """Raises where values that are known say what virtual tokens cannot follow: packed positions, an additive mask."""
-    known = {field: np.asarray(call.leaves[k]) for field, k in found.items() if _is_known(call.leaves[k])}
-    mask = known.get("mask")
-    for field in ("mask", "pool_mask"):
-        if field in known and not np.isin(known[field], (0, 1)).all():
-            raise ValueError(
-                f"wrap_tokens: {names.fields[field]} holds {np.unique(known[field])[:4]}; expected 1 where a token is "
-                "real and 0 elsewhere, neither the numbers of packed segments nor what is added to scores"
-            )
-    positions = known.get("positions")
-    if positions is not None and ("mask" in known or "mask" not in found):
-        axis = sequence_axis(positions, call.leaves[found["ids"]], names.axis)
-        at = np.moveaxis(positions, -1 if axis is None else axis, -1)
-        real = np.ones(at.shape, bool) if mask is None else np.moveaxis(mask.astype(bool), names.axis, -1)
-        at, real = np.broadcast_arrays(at, real)
-        rows = zip(at.reshape(-1, at.shape[-1]), real.reshape(-1, real.shape[-1]))
-        if any((np.diff(row[ones]) <= 0).any() for row, ones in rows):
-            raise ValueError(
-                f"wrap_tokens: {names.positions} restarts or stands still within a row, as packed sequences do; "
-                "expected "
-                "one sequence a row"
-            )
-
-
-def _is_known(x: Any) -> bool:
-    return isinstance(x, (jax.Array, np.ndarray)) and not compat.is_traced(x)
 
 
 def resized(x: Any, axis: int, size: int) -> Any:

@@ -20,12 +20,12 @@ from peftjax.token_args import (
     argument_paths,
     axes_of,
     check_arguments,
-    check_values,
     find,
     resized,
 )
 from peftjax.token_axes import Differ, Sequence, Span, moves
 from peftjax.token_insert import inserted
+from peftjax.token_packed import check_values, sound, spoiled
 from peftjax.token_rows import check_rows
 from peftjax.token_rows import given as rows_of
 
@@ -80,10 +80,15 @@ def wrap_tokens(
 
     Returns:
       The function. Its outputs have the lengths of x; a tree without virtual tokens runs as `peftjax.wrap` runs it.
+      Where mask and positions are traced (in `jax.jit`, in a train step), nothing can raise for their values: an example
+      whose mask holds other numbers than 0 and 1, or whose real tokens' positions do not rise, has NaN in its floating
+      outputs and in its gradients. An output whose axes do not begin as those of the ids is NaN as a whole.
 
     Raises:
-      ValueError: an argument that is not there or has no axis of tokens, `shift` of positions that the model makes itself, packed sequences, a table of positions that is
-        too short, a projection without an axis of tokens, or an output that would depend on virtual rows.
+      ValueError: an argument that is not there or has no axis of tokens, `shift` of positions that the model makes
+        itself, packed sequences or a mask of other numbers than 0 and 1 (where their values are known), a table of
+        positions that is too short, a projection without an axis of tokens, or an output that would depend on virtual
+        rows.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj
@@ -154,7 +159,8 @@ def _evaluate(fn: Any, names: Names, call: Call, given: Seq[Any]) -> tuple[Any, 
             rows_of(fields.get(k), kind, axes.get(fields.get(k, "")), span, vocabulary, dropped) for k, kind in kinds
         ]
         check_rows(closed, sequence, known, shape, other_shape, functools.partial(_is_kept, names))
-    return _cut(names, out, shape, other_shape, sequence), evaluator
+    fine = sound({f: jnp.asarray(given[k]) for f, k in place.items()}, call.leaves[found["ids"]], names.axis)
+    return _cut(names, out, shape, other_shape, sequence, fine), evaluator
 
 
 def _virtual(call: Call, given: Seq[Any]) -> tuple[int, int, list[Overlay]]:
@@ -210,13 +216,13 @@ def _is_first(names: Names, closed: Any, count: int) -> bool:
     return causal
 
 
-def _cut(names: Names, out: Any, long: Any, short: Any, sequence: Sequence) -> Any:
-    """The outputs without virtual rows."""
-    span = sequence.span
-    kinds = zip(jax.tree_util.tree_leaves_with_path(long), jax.tree.leaves(short), strict=True)
+def _cut(names: Names, out: Any, long: Any, short: Any, sequence: Sequence, fine: Any) -> Any:
+    """The outputs without virtual rows; what the model computed of examples that are not `fine` is NaN."""
+    span, jaxpr = sequence.span, sequence.closed.jaxpr
+    kinds = zip(jax.tree_util.tree_leaves_with_path(long), jax.tree.leaves(short), jaxpr.outvars, strict=True)
     leaves, tree = jax.tree.flatten(out, is_leaf=lambda x: isinstance(x, Passed))
-    cut = []
-    for x, ((where, kind), other) in zip(leaves, kinds, strict=True):
+    cut, came = [], {id(v) for v in jaxpr.invars}
+    for x, ((where, kind), other, var) in zip(leaves, kinds, strict=True):
         path = path_of(where)
         for axis, before, after in () if _is_kept(names, path) else moves(kind, other):
             if (before, after) != (sequence.size, span.length):
@@ -227,7 +233,8 @@ def _cut(names: Names, out: Any, long: Any, short: Any, sequence: Sequence) -> A
                 )
             if span.virtual:
                 x = lax.slice_in_dim(x, span.real.start, span.real.stop, axis=axis)
-        cut.append(x)
+        computed = id(var) not in came and jnp.issubdtype(kind.dtype, jnp.inexact)
+        cut.append(spoiled(x, fine, names.axis) if computed and fine is not None else x)
     return jax.tree.unflatten(tree, cut)
 
 

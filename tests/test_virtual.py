@@ -10,7 +10,7 @@ import optax
 import pytest
 from covers import covered
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from zoo import MODELS
 
 import peftjax as pj
@@ -564,6 +564,141 @@ def test_packed_sequences_raise():
         pj.wrap_tokens(fn)(tuned, IDS, MASK, np.array([[0, 1, 2, 0, 1], [0, 1, 2, 0, 0]]))
     with pytest.raises(ValueError, match="segment_ids says that sequences are packed"):
         pj.wrap_tokens(fn)(tuned, IDS, MASK, segment_ids=IDS)
+
+
+ROWS = np.broadcast_to(np.arange(5), (2, 5))
+PACKED = {
+    "positions restart": ({"position_ids": np.array([[0, 1, 2, 3, 4], [0, 1, 0, 1, 2]])}, [1]),
+    "positions stand still": ({"position_ids": np.array([[0, 1, 2, 2, 3], [0, 1, 2, 3, 4]])}, [0]),
+    "numbers of segments": ({"attention_mask": np.array([[1, 1, 1, 1, 1], [1, 1, 2, 2, 2]])}, [1]),
+    "what is added": ({"attention_mask": np.where(MASK, 0, -1e9).astype(np.float32)}, [1]),
+    "both": ({"attention_mask": 3 * MASK, "position_ids": 0 * ROWS}, [0, 1]),
+    "positions of all": ({"position_ids": np.array([[0, 1, 0, 1, 2]])}, [0, 1]),
+}
+
+
+def of_positions(kind):
+    fn, params = placed(20)
+    call = {"input_ids": IDS, "attention_mask": np.ones_like(MASK), "position_ids": ROWS}
+    method = pj.prompt(N, targets="words") if kind == "prompt" else METHODS[kind]
+    tuned = drawn(method.init(KEY, params, pj.roles(fn, params, **call)))
+    return fn, tuned, call
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+@pytest.mark.parametrize("said", PACKED)
+def test_packed_rows_are_nan_where_values_are_traced(said, kind):
+    """And their gradients; other rows stay as they are."""
+    fn, tuned, call = of_positions(kind)
+    changes, rows = PACKED[said]
+    apply, given = pj.wrap_tokens(fn), {**call, **changes}
+    with pytest.raises(ValueError, match="restarts or stands still|expected 1 where"):
+        apply(tuned, **given)
+    got, bad = jax.jit(apply)(tuned, **given), np.isin(np.arange(2), rows)
+    assert np.isnan(got[bad]).all()
+    if not bad.all():
+        close(got[~bad], apply(tuned, **{k: x[~bad] for k, x in given.items()}), call["attention_mask"][~bad])
+    trainable, frozen = pj.partition(tuned)
+    run = lambda t, given: jnp.where(bad[:, None, None], 0, apply(pj.combine(t, frozen), **given)).sum()
+    grads = jax.jit(jax.grad(run))(trainable, given)
+    assert all(np.isnan(g).all() for g in jax.tree.leaves(grads))
+
+
+def test_outputs_without_examples_are_nan_as_a_whole():
+    """Scalars, features, and lengths that are no examples; whole numbers and parameters that come back are left."""
+    body, tuned, call = of_positions("prompt")
+
+    def fn(params, **call):
+        x = body(params, **call)
+        real = call["labels"][..., None] != -100
+        some = jnp.where(real, x, jnp.zeros_like(x))
+        each = {"mean": some.mean(1), "top": some.max((1, 2))}
+        return some.sum(), some.sum((0, 1)), x.argmax(-1), params["places"], each
+
+    given = {**call, **PACKED["positions restart"][0], "labels": IDS}
+    total, features, top, places, each = jax.jit(pj.wrap_tokens(fn))(tuned, **given)
+    assert np.isnan(total) and np.isnan(features).all()
+    assert top.dtype == np.int32 and (places == 1).all()
+    assert all(np.isfinite(y[0]).all() and np.isnan(y[1]).all() for y in each.values())
+
+
+LEGAL = {
+    "left padding": ([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]], [[0, 1, 2, 3, 4], [1, 1, 0, 1, 2]]),
+    "right padding": ([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], [[0, 1, 2, 3, 4], [0, 1, 2, 0, 0]]),
+    "holes": ([[1, 0, 1, 0, 1], [1, 1, 0, 0, 1]], [[0, 0, 1, 0, 2], [5, 7, 7, 7, 9]]),
+    "an empty row": ([[1, 1, 1, 1, 1], [0, 0, 0, 0, 0]], [[0, 1, 2, 3, 4], [0, 0, 0, 0, 0]]),
+    "one row of positions": ([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], [[0, 1, 2, 3, 4]]),
+    "no axis of examples": ([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], [0, 1, 2, 3, 4]),
+}
+
+
+@pytest.mark.parametrize("said", LEGAL)
+def test_padding_is_no_packing(said):
+    body, tuned, call = of_positions("prefix")
+    mask, places = map(np.array, LEGAL[said])
+
+    def fn(params, input_ids, attention_mask, position_ids):
+        return body(params, input_ids, attention_mask.reshape(2, -1), jnp.broadcast_to(position_ids, input_ids.shape))
+
+    apply = pj.wrap_tokens(fn)
+    want = apply(tuned, IDS, mask, places)
+    for given in (mask, mask.astype(bool), mask.astype(np.float32), mask[:, None, None]):
+        for run in (apply, jax.jit(apply)):
+            close(run(tuned, IDS, given, places.astype(np.uint8)), want, mask)
+    assert np.isfinite(want).all()
+
+
+def test_tokens_first_and_one_example_at_a_time():
+    """Where tokens are the first axis, the rows are the second; under `jax.vmap`, each example is a call."""
+    body, tuned, call = of_positions("prefix")
+    given = {**call, **PACKED["positions restart"][0]}
+    turned = lambda params, **call: jnp.swapaxes(body(params, **{k: x.T for k, x in call.items()}), 0, 1)
+    got = jax.jit(pj.wrap_tokens(turned, axis=0))(tuned, **{k: x.T for k, x in given.items()})
+    alone = lambda given: pj.wrap_tokens(body)(tuned, **{k: x[None] for k, x in given.items()})[0]
+    for rows in (jnp.swapaxes(got, 0, 1), jax.jit(jax.vmap(alone))(given)):
+        assert np.isfinite(rows[0]).all() and np.isnan(rows[1]).all()
+
+
+def test_packed_rows_on_several_devices():
+    """Under explicit axes; and inside `shard_map`, where a sum over all devices is NaN on each."""
+    body, tuned, call = of_positions("prefix")
+    given, apply = {**call, **PACKED["positions restart"][0]}, pj.wrap_tokens(body, side="first")
+    mesh, split = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,)), PartitionSpec("data")
+
+    def looked_up(params, input_ids, attention_mask, position_ids):
+        ids = {"words": input_ids, "places": position_ids}
+        x = sum(params[name].at[at].get(out_sharding=split) for name, at in ids.items())
+        for i in range(DEPTH):
+            x = block(params[f"layers_{i}"], x, attention_mask, True)
+        return x, x.sum((1, 2))
+
+    with jax.set_mesh(mesh):
+        lies = {k: jax.device_put(x, NamedSharding(mesh, split)) for k, x in given.items()}
+        whole = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec())), tuned)
+        for got in jax.jit(pj.wrap_tokens(looked_up, side="first", check=False))(whole, **lies):
+            assert got.sharding.spec[0] == "data"
+            assert np.isfinite(np.asarray(got)[0]).all() and np.isnan(np.asarray(got)[1]).all()
+
+    summed = lambda params, **call: jax.lax.psum(body(params, **call)[:, -1].sum(), "data")
+    both = (apply, pj.wrap_tokens(summed, side="first", check=False))
+    local = lambda tuned, given: [run(tuned, **given) for run in both]
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(PartitionSpec(), split), out_specs=[split, PartitionSpec()])
+    rows, total = jax.jit(mapped)(tuned, given)
+    assert np.isfinite(rows[0]).all() and np.isnan(rows[1]).all() and np.isnan(total)
+
+
+def test_a_train_step_leaves_a_packed_batch_out():
+    body, tuned, call = of_positions("prefix")
+    apply, tx = pj.wrap_tokens(lambda params, batch: body(params, **batch)), optax.sgd(0.1)
+    step = pj.make_train_step(apply, lambda y, batch: ((y[:1] ** 2).mean(), {}), tx)
+    state = pj.train_state(tuned, tx)
+    with jax.numpy_dtype_promotion("standard"):
+        for changes, skipped in (({}, 0), (PACKED["positions restart"][0], 1), ({}, 1)):
+            before = [np.array(x) for x in jax.tree.leaves(state.trainable)]
+            state, metrics = step(state, {**call, **changes})
+            moved = [bool((x != y).any()) for x, y in zip(jax.tree.leaves(state.trainable), before)]
+            assert int(metrics["skipped"]) == skipped and all(moved) == (not changes) and any(moved) == (not changes)
 
 
 @pytest.mark.parametrize("made", ["outside", "inside"])
