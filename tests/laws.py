@@ -1,7 +1,7 @@
 """The laws: what every method has to keep on every model.
 
     law_2("lora", "linen_dense")            # raises where the law is broken
-    python tests/laws.py [--write] [METHOD ...]     # all columns or some, and their dated result in `laws_jax_0.10.md`
+    python tests/laws.py [--write] [--models=A,B] [METHOD ...]   # all or some; the dated result in `laws_jax_0.10.md`
 
 Errors are max|difference| / max|reference|, at most 1e-5 in float32 and 2e-2 in bfloat16, against a float32 oracle; the
 trained fields are moved away from where they start, and no scale is 1.
@@ -145,7 +145,7 @@ NO_OUTPUT: Mapping[str, str] = {
 }
 BLOCKS = frozenset(
     "linen_scan linen_scan_axis_1 linen_remat linen_scan_remat linen_scan_conv nnx_scan used_in_two_scans "
-    "pre_norm_encoder post_norm_encoder decoder".split()
+    "pre_norm_encoder post_norm_encoder decoder linen_jit_encoder linen_scan_decoder nnx_decoder plain_encoder".split()
 )
 # No array stands for what these do: their own tests have their equations, and gradients, by hand.
 NO_ARRAY = frozenset({3})
@@ -898,7 +898,8 @@ WHEN = "when, jax"
 SAID = """# The laws, METHODS x MODELS
 
 `python tests/laws.py --write`. ok: every law that applies holds; a number: that law is broken; -: the method refuses the
-model, with the error that its row expects.
+model, with the error that its row expects. Rows that were run by themselves (`--models=`) have a date of their own: a
+cell is as new as the later of the dates of its column and its row.
 
 """
 
@@ -911,31 +912,54 @@ def known(path: pathlib.Path) -> dict[str, dict[str, str]]:
     return {name: {row[0]: row[k] for row in rows} for k, name in enumerate(names, 1)}
 
 
-def main(path: pathlib.Path, methods: Sequence[str], write: bool, workers: int = 2) -> None:
-    """Prints the table of these methods, a row a model; `write` keeps it, dated, beside the columns of others.
+def main(path: pathlib.Path, methods: Sequence[str], models: Sequence[str], write: bool, workers: int = 2) -> None:
+    """Prints the table of these methods and models, a row a model; `write` keeps it, dated, beside what was known.
 
-    A row is kept as soon as it is known: where a run stops, the cells of its other rows are empty.
+    A row is kept as soon as it is known: where a run of all models stops, the cells of its other rows are empty.
     """
-    found: dict[str, dict[str, str]] = {m: {WHEN: f"{datetime.date.today()}, {jax.__version__}"} for m in methods}
-    others = known(path)
+    old, rows = known(path), {}
     with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=8) as pool:
-        for model, cells in zip(MODELS, pool.imap(functools.partial(row, methods=methods), MODELS)):
+        for model, cells in zip(models, pool.imap(functools.partial(row, methods=methods), models)):
             print(f"| {' | '.join((model, *cells))} |", flush=True)
-            for method, cell in zip(methods, cells):
-                found[method][model] = cell
+            rows[model] = dict(zip(methods, cells))
             if write:
-                path.write_text(table(others | found))
+                date = f"{datetime.date.today()}, {jax.__version__}"
+                path.write_text(table(after(old, methods, rows, date, whole=list(models) == list(MODELS))))
 
 
-def table(found: Mapping[str, Mapping[str, str]]) -> str:
-    """The columns as a page."""
-    columns = [m for m in METHODS if m in found]
+Columns = Mapping[str, Mapping[str, str]]
+
+
+def after(old: Columns, methods: Sequence[str], rows: Columns, date: str, whole: bool) -> Columns:
+    """The columns of a table after a run that found these rows; `whole` columns begin anew.
+
+    Dates are those of whole columns and of whole rows: some methods on some models leave them as they are.
+    """
+    every = set(methods) == set(METHODS)
+    start = lambda method: {WHEN: date} if whole else old.get(method, {})
+    found = {m: {**start(m), **{model: cells[m] for model, cells in rows.items()}} for m in methods}
+    dates = {} if whole and every else {**old.get(WHEN, {}), **dict.fromkeys(rows if every and not whole else (), date)}
+    return {**old, **found, WHEN: dates}
+
+
+def table(found: Columns) -> str:
+    """The columns as a page; last that of the rows' own dates, if they have any."""
+    columns = [m for m in (*METHODS, WHEN) if found.get(m)]
     lines = [["model", *columns], ["---"] * (1 + len(columns))]
     lines += [[name, *(found[m].get(name, "") for m in columns)] for name in (WHEN, *MODELS)]
     return SAID + "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
+def asked(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The methods and the models of a command line, all where it names none."""
+    given = [word.removeprefix("--models=").split(",") for word in words if word.startswith("--models=")]
+    rows, columns = sum(given, []), [word for word in words if word != "--write" and not word.startswith("--models=")]
+    if unknown := [*(set(rows) - set(MODELS)), *(set(columns) - set(METHODS))]:
+        raise SystemExit(f"laws.py: no method or model is called {', '.join(sorted(unknown))}")
+    return columns or list(METHODS), [name for name in MODELS if name in rows] or list(MODELS)
+
+
 if __name__ == "__main__":
-    chosen = [name for name in sys.argv[1:] if name != "--write"]
     line = ".".join(jax.__version__.split(".")[:2])
-    main(pathlib.Path(__file__).with_name(f"laws_jax_{line}.md"), chosen or list(METHODS), "--write" in sys.argv[1:])
+    where = pathlib.Path(__file__).with_name(f"laws_jax_{line}.md")
+    main(where, *asked(sys.argv[1:]), write="--write" in sys.argv[1:])

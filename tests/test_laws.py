@@ -13,14 +13,19 @@ from laws import (
     LAWS,
     METHODS,
     MODELS,
+    WHEN,
+    after,
     applies,
     arrays_only,
+    asked,
     broken,
     case,
     cover,
+    known,
     refusal,
     says,
     stepping,
+    table,
     usual,
     whole,
 )
@@ -73,6 +78,33 @@ def test_every_law_meets_every_method_and_every_model():
         held = [pair for pair in COVER if applies(law, *pair)]
         assert {method for method, _ in held} == {m for m in METHODS if says(law, m)}
         assert {model for _, model in held} >= {m for m in MODELS if applies(law, "lora", m)}
+
+
+def test_rows_and_columns_of_the_written_table_keep_the_others(tmp_path):
+    """A cell is as new as the later of the dates of its column and its row."""
+    path, all_ok = tmp_path / "laws.md", lambda *models: {m: dict.fromkeys(METHODS, "ok") for m in models}
+
+    def written(columns):
+        path.write_text(table(columns))
+        return known(path)
+
+    old = written(after({}, list(METHODS), all_ok(*MODELS), "day 1", whole=True))
+    assert list(old) == list(METHODS) and old["lora"]["decoder"] == "ok" and old["lora"][WHEN] == "day 1"
+    new = written(after(old, list(METHODS), {"decoder": dict.fromkeys(METHODS, "3")}, "day 2", whole=False))
+    assert new[WHEN] == {**dict.fromkeys((WHEN, *MODELS), ""), "decoder": "day 2"}
+    assert new["lora"] == {**old["lora"], "decoder": "3"}
+    new = written(after(new, ["dora"], {"decoder": {"dora": "ok"}}, "day 3", whole=False))
+    assert (new["dora"]["decoder"], new["dora"][WHEN], new[WHEN]["decoder"]) == ("ok", "day 1", "day 2")
+    new = written(after(new, ["dora"], {m: {"dora": "ok"} for m in MODELS}, "day 4", whole=True))
+    assert (new["dora"][WHEN], new["lora"][WHEN], new[WHEN]["decoder"]) == ("day 4", "day 1", "day 2")
+    assert written(after(new, list(METHODS), all_ok(*MODELS), "day 1", whole=True)) == old
+
+
+def test_what_the_command_line_of_the_laws_asks_for():
+    assert asked(["--write"]) == (list(METHODS), list(MODELS))
+    assert asked(["--models=decoder,nnx_linear", "lora"]) == (["lora"], ["nnx_linear", "decoder"])
+    with pytest.raises(SystemExit, match="no method or model is called decodr, lroa"):
+        asked(["--models=decodr", "lroa"])
 
 
 REFUSED = [(method, model) for model in MODELS for method in METHODS if refusal(method, model) is not None]

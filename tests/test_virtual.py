@@ -792,19 +792,12 @@ def test_a_fused_kernel_takes_a_prefix_in_some_features(hidden):
 
 
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
-@pytest.mark.parametrize("name", ["pre_norm_encoder", "post_norm_encoder", "decoder"])
+@pytest.mark.parametrize("name", [name for name, model in MODELS.items() if "tokens" in model.tags])
 def test_models_of_the_zoo(name, kind, monkeypatch):
     fn, params, args = MODELS[name].make()
     options = dict(ids="tokens", mask="mask", positions="positions")
     call = lambda params, tokens, mask, positions: fn(params, tokens, mask, positions)
-    method = (
-        pj.prompt(
-            N,
-            targets=(".*words.*" if "encoder" in name else ".*embed.*"),
-        )
-        if kind == "prompt"
-        else pj.prefix(N)
-    )
+    method = pj.prompt(N, targets="(words|embed)/embedding") if kind == "prompt" else pj.prefix(N)
     apply, tuned = pj.attach(method, call, params, *args, key=KEY, tokens=options)
     tuned = drawn(tuned)
     got = apply(tuned, *args)

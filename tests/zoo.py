@@ -949,6 +949,7 @@ class Encoder(nn.Module):
 
     pre: bool
     train: bool = False
+    lift: Callable[[Any], Any] = lambda layer: layer
 
     @nn.compact
     def __call__(self, tokens, mask, positions):
@@ -959,7 +960,7 @@ class Encoder(nn.Module):
             x = nn.Embed(VOCAB, WIDTH, name="words")(tokens) + nn.Embed(2, WIDTH, name="types")(jnp.zeros_like(tokens))
             x = nn.LayerNorm(name="norm")(x + nn.Embed(LENGTH + 8, WIDTH, name="places")(positions))
         for i in range(LAYERS):
-            x = EncoderLayer(self.pre, drop, name=f"layers_{i}")(drop(x), mask)
+            x = self.lift(EncoderLayer)(self.pre, drop, name=f"layers_{i}")(drop(x), mask)
         pooled = jnp.tanh(nn.Dense(WIDTH, name="pooler")(nn.LayerNorm(name="final")(x)[:, 0] if self.pre else x[:, 0]))
         return nn.Dense(3, name="classifier")(drop(pooled))
 
@@ -1049,3 +1050,103 @@ class Decoder(nn.Module):
        "linen", "embed", "tokens", "residual", "tied", "square", targets="all-linear")
 def decoder():
     return linen(Decoder(), *tokens())
+
+
+# The same, written and lifted otherwise
+
+
+@model({**HEAD, **_layers("layers_{}")}, "linen", "jit", "embed", "tokens", "residual", "square",
+       targets=".*(query|value|up|down)")
+def linen_jit_encoder():
+    """Layers of one jitted class, of which the second may meet the first one's cached trace."""
+    return linen(Encoder(pre=True, lift=nn.jit), *tokens())
+
+
+@model({"embed/embedding": "io",
+        **{f"layers/{name}/kernel": "sio" for name in ("query", "key", "value", "out", "gate", "up", "down")}},
+       "linen", "scan", "remat", "embed", "tokens", "stacked", "residual", "tied", "square", targets="all-linear")
+def linen_scan_decoder():
+    """Rematerialised layers in a scan."""
+
+    class Scanned(nn.Module):
+        @nn.compact
+        def __call__(self, tokens, mask, positions):
+            embed = nn.Embed(VOCAB, WIDTH, name="embed")
+            step = lambda layer, x, _: (layer(x, mask, positions), None)
+            run = nn.scan(step, variable_axes={"params": 0}, split_rngs={"params": True}, length=LAYERS)
+            layer = nn.remat(DecoderLayer, policy=dots, prevent_cse=False)(name="layers")
+            return embed.attend(RMSNorm(name="norm")(run(layer, embed(tokens), None)[0]))
+
+    return linen(Scanned(), *tokens())
+
+
+class NNXLayer(nnx.Module):
+    """A pre-LN block whose projections have heads as an axis, and biases."""
+
+    def __init__(self, rngs):
+        self.norm_1, self.norm_2 = nnx.LayerNorm(WIDTH, rngs=rngs), nnx.LayerNorm(WIDTH, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(HEADS, WIDTH, decode=False, rngs=rngs)
+        self.up, self.down = nnx.Linear(WIDTH, 2 * WIDTH, rngs=rngs), nnx.Linear(2 * WIDTH, WIDTH, rngs=rngs)
+
+    def __call__(self, x, seen):
+        x = x + self.attention(self.norm_1(x), mask=seen)
+        return x + self.down(nnx.gelu(self.up(self.norm_2(x))))
+
+
+class NNXDecoder(nnx.Module):
+    """Learned positions, and logits by the embedding."""
+
+    def __init__(self, rngs):
+        self.embed, self.places = nnx.Embed(VOCAB, WIDTH, rngs=rngs), nnx.Embed(LENGTH + 8, WIDTH, rngs=rngs)
+        self.layers = nnx.List([NNXLayer(rngs) for _ in range(LAYERS)])
+        self.norm = nnx.LayerNorm(WIDTH, rngs=rngs)
+
+    def __call__(self, tokens, mask, positions):
+        x = self.embed(tokens) + self.places(positions)
+        for layer in self.layers:
+            x = layer(x, mask[:, None, None] & nnx.make_causal_mask(tokens, dtype=bool))
+        return self.embed.attend(self.norm(x))
+
+
+@model({"embed/embedding": "io", "places/embedding": "io",
+        **{path: axes for i in range(LAYERS) for path, axes in under(f"layers/{i}", BLOCK).items()}},
+       "nnx", "embed", "tokens", "residual", "tied", "square", targets=".*(query|value|up|down)")
+def nnx_decoder():
+    return graph(lambda: NNXDecoder(nnx.Rngs(0)), *tokens())
+
+
+def _linear(p, x):
+    return x @ p["kernel"] + p["bias"][None, None]
+
+
+def _normed(p, x):
+    x = x - x.mean(-1, keepdims=True)
+    return x * lax.rsqrt((x**2).mean(-1, keepdims=True) + 1e-6) * p["scale"][None, None] + p["bias"][None, None]
+
+
+@model({"words/embedding": "io", "places/embedding": "io", "classifier/kernel": "io",
+        **{path: axes for i in range(LAYERS) for path, axes in under(f"layers/{i}", DENSE).items()}},
+       "plain", "embed", "tokens", "residual", "square", targets=".*(query|value|up|down)")
+def plain_encoder():
+    """Post-LN blocks in a list, scores that a mask is added to, and a class for each token."""
+
+    def block(p, x, mask):
+        heads = lambda name: _linear(p[name], x).reshape(*x.shape[:2], HEADS, -1)
+        scores = jnp.einsum("bqnh,bknh->bnqk", heads("query"), heads("key")) / (WIDTH // HEADS) ** 0.5
+        scores = scores + jnp.where(mask, 0.0, -1e9)[:, None, None]
+        mixed = jnp.einsum("bnqk,bknh->bqnh", jax.nn.softmax(scores), heads("value")).reshape(x.shape)
+        x = _normed(p["norm_1"], x + _linear(p["out"], mixed))
+        return _normed(p["norm_2"], x + _linear(p["down"], jax.nn.gelu(_linear(p["up"], x))))
+
+    def fn(p, tokens, mask, positions):
+        x = _normed(p["norm"], p["words"]["embedding"][tokens] + p["places"]["embedding"][positions])
+        for layer in p["layers"]:
+            x = block(layer, x, mask)
+        return _linear(p["classifier"], x)
+
+    dense = lambda n, out: {"kernel": shape(n, out), "bias": shape(out)}
+    norm = {"scale": shape(WIDTH), "bias": shape(WIDTH)}
+    feed = {"up": dense(WIDTH, 2 * WIDTH), "down": dense(2 * WIDTH, WIDTH), "norm_1": norm, "norm_2": norm}
+    layers = [{name: dense(WIDTH, WIDTH) for name in ("query", "key", "value", "out")} | feed for _ in range(LAYERS)]
+    tables = {name: {"embedding": shape(n, WIDTH)} for name, n in (("words", VOCAB), ("places", LENGTH + 8))}
+    return Example(fn, {**tables, "norm": norm, "layers": layers, "classifier": dense(WIDTH, 3)}, tokens())
