@@ -1,5 +1,6 @@
 """What a run shows: a bar while it trains, a table at its end."""
 
+import math
 from typing import Any, Sequence
 
 from rich.console import Console
@@ -52,14 +53,20 @@ class Bar:
     def step(self, number: int, loss: float, rate: float) -> None:
         """Goes on by a step; both numbers are averaged over the last ten or so."""
         smooth = lambda old, new: new if self._first else 0.9 * old + 0.1 * new
-        self._loss, self._rate, self._first = smooth(self._loss, loss), smooth(self._rate, rate), False
+        self._rate = smooth(self._rate, rate)
+        if math.isfinite(loss):  # one that is not would hide those that follow
+            self._loss, self._first = smooth(self._loss, loss), False
         self._progress.update(self._task, advance=1, loss=self._loss, rate=self._rate)
 
-    def score(self, number: int, score: Score, best: bool) -> None:
-        """Prints the validation score of an epoch."""
+    def score(self, number: int, score: Score, best: bool, skipped: int) -> None:
+        """Prints the validation score of an epoch, and how many of its steps were left out, if any."""
         self._progress.console.print(
             f"epoch {number}: validation {self._metric} {score.value:.3f}, loss {score.loss:.3f}{' (best)' * best}"
         )
+        if skipped:
+            self._progress.console.print(
+                f"epoch {number}: {skipped} steps left out, whose loss or gradient was not finite"
+            )
 
 
 def table(results: Sequence[Result], rows: int) -> Table:

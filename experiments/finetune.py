@@ -38,7 +38,7 @@ from experiments.models.bert import RULES
 from experiments.schedules import at_rate
 from experiments.tasks import Encoded, Result
 from experiments.text_model import ADAPTER, Page, TextModel
-from experiments.train import Limits, Score, Trained, predict, train
+from experiments.train import Check, Limits, Score, Trained, predict, train
 from peftjax.runs import Runs
 from peftjax.sharding_rules import by_rules, make_mesh, within
 
@@ -190,13 +190,13 @@ def fit(
     step, run = tools[same]
     epoch = lambda number: plan(examples.ids, examples.columns, seed=(c.seed, number), share=step.share)
 
-    def outputs(tuned: Any, encoded: Encoded) -> np.ndarray:
-        return run(tuned, plan(encoded.ids, encoded.inputs, share=step.share), len(encoded.ids))
+    def outputs(tuned: Any, encoded: Encoded, *check: Check) -> np.ndarray:
+        return run(tuned, plan(encoded.ids, encoded.inputs, share=step.share), len(encoded.ids), *check)
 
     everything = chosen_on.everything(longest)
 
-    def validate(state: pj.TrainState) -> Score:
-        out = outputs(state.tuned, chosen_on)
+    def validate(state: pj.TrainState, check: Check) -> Score:
+        out = outputs(state.tuned, chosen_on, check)
         value = task.scores(task.answers(out, chosen_on), validation)[task.metric]
         loss, aux = task.loss(jax.numpy.asarray(out), everything)
         return Score(value, float(loss / aux["weight"]))
@@ -257,6 +257,7 @@ def _numbers(results: list[Result], trained: Trained) -> dict[str, Any]:
         "test": [dataclasses.asdict(one) for one in results],
         "validation": went["scores"],
         "losses": went["losses"],
+        "skipped_steps": went["skipped"],
         "best_epoch": went["best"],
         "epoch_seconds": went["seconds"],
     }

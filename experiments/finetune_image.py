@@ -32,7 +32,9 @@ from experiments.ledger import Ledger
 from experiments.pages import check_numbers, listed
 from experiments.schedules import warm_then_linear
 from experiments.train import (
+    Check,
     Limits,
+    Score,
     Trained,
     arrays,
     cross_entropy,
@@ -194,15 +196,15 @@ class Lab:
         state = pj.train_state(tuned, tools.step.tx, key=key, model_state=stats)
         plan = lambda number: batches(training, c.batch, steps // c.checks, (*seed, number))
 
-        def validate(state: pj.TrainState) -> Any:
+        def validate(state: pj.TrainState, check: Check) -> Score:
             chosen_on = self.data.validation
-            return score(self._logits(tools, state.tuned, state.model_state, chosen_on), chosen_on.labels)
+            return score(self._logits(tools, state.tuned, state.model_state, chosen_on, check), chosen_on.labels)
 
         with display.Bar(self.console) as bar:
             return train(tools.step, state, plan, validate, Limits(c.checks, c.checks), bar)
 
-    def _logits(self, tools: Tools, tuned: Any, stats: Any, some: Images) -> np.ndarray:
-        return tools.logits((tuned, stats), batches(some, self.c.batch), len(some))
+    def _logits(self, tools: Tools, tuned: Any, stats: Any, some: Images, *check: Check) -> np.ndarray:
+        return tools.logits((tuned, stats), batches(some, self.c.batch), len(some), *check)
 
     def _made(self, strategy: str, stage: int, stages: int, tuned: Any, stats: Any) -> Tools:
         """The tools of a strategy; made, and compiled, at their first use."""

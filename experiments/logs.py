@@ -36,10 +36,11 @@ class TensorBoard:
         self._writer.add_scalar("training/loss", loss, number)
         self._writer.add_scalar("training/examples_per_second", rate, number)
 
-    def score(self, number: int, score: Score, best: bool) -> None:
-        """Writes the score of an epoch, at its last step."""
+    def score(self, number: int, score: Score, best: bool, skipped: int) -> None:
+        """Writes the score of an epoch, and how many of its steps were left out, at its last step."""
         self._writer.add_scalar(f"validation/{self._metric}", score.value, self._step)
         self._writer.add_scalar("validation/loss", score.loss, self._step)
+        self._writer.add_scalar("training/skipped", skipped, self._step)
         self._writer.flush()
 
 
@@ -79,7 +80,7 @@ class Profile:
         if number >= self._end - 1:
             self._stop()
 
-    def score(self, number: int, score: Score, best: bool) -> None:
+    def score(self, number: int, score: Score, best: bool, skipped: int) -> None:
         """Nothing."""
 
     def _stop(self) -> None:
@@ -104,7 +105,7 @@ class Together:
         for place in self._places:
             place.step(number, loss, rate)
 
-    def score(self, number: int, score: Score, best: bool) -> None:
+    def score(self, number: int, score: Score, best: bool, skipped: int) -> None:
         """Shows a score."""
         for place in self._places:
-            place.score(number, score, best)
+            place.score(number, score, best, skipped)

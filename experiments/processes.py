@@ -13,12 +13,17 @@ from peftjax.tree import entries
 def join(c: ml_collections.ConfigDict) -> None:
     """Joins this process to the others, as `--config.join=` says; to be called before JAX looks for devices.
 
+    Without checkpoints there is nothing to save on SIGTERM, which ends the process then, as it always does.
+
     Raises:
       ValueError: words that are none of "", "auto" and "host:port,n,k".
       TimeoutError: not all came; says which did not.
     """
-    if c.join in ("", "auto"):
-        return processes.join(timeout=c.timeout) if c.join else None
+    if not c.join:
+        return
+    jax.config.update("jax_enable_preemption_service", c.resume == "auto")
+    if c.join == "auto":
+        return processes.join(timeout=c.timeout)
     parts = c.join.split(",")
     if len(parts) != 3 or not (parts[1].isdigit() and parts[2].isdigit()):
         raise ValueError(f'join {c.join!r}; expected "auto", or "host:port,n,k" for process k of n')

@@ -17,6 +17,7 @@ from experiments.interruption import Interruption
 from peftjax.runs import Runs
 
 Apply = Callable[..., jax.Array]
+Check = Callable[[], None]
 
 
 class Shown(Protocol):
@@ -24,7 +25,7 @@ class Shown(Protocol):
 
     def epoch(self, number: int, steps: int, done: int) -> None: ...
     def step(self, number: int, loss: float, rate: float) -> None: ...
-    def score(self, number: int, score: "Score", best: bool) -> None: ...
+    def score(self, number: int, score: "Score", best: bool, skipped: int) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Progress:
       epoch: the number of the epoch in hand, from 1.
       data: the state of its iterator, or None at its beginning.
       scores: on the validation rows, per finished epoch.
-      losses: on the training rows, per epoch: the mean over its steps so far.
+      losses: on the training rows, per epoch: the mean over its steps so far but those left out; NaN without any.
+      skipped: per epoch, how many of its steps so far were left out, for a loss or a gradient that was not finite.
       seconds: per epoch, compilation included, validation not.
       best: the number of the best finished epoch; 0 for none.
     """
@@ -52,8 +54,28 @@ class Progress:
     data: Any = None
     scores: list[Score] = dataclasses.field(default_factory=list)
     losses: list[float] = dataclasses.field(default_factory=list)
+    skipped: list[int] = dataclasses.field(default_factory=list)
     seconds: list[float] = dataclasses.field(default_factory=list)
     best: int = 0
+
+    def add(self, step: int, loss: float, skipped: bool, seconds: float) -> None:
+        """Counts a step of the epoch in hand, the `step`-th, from 1.
+
+        A running mean: a run that goes on has the same one to the bit.
+        """
+        at, before = self.epoch - 1, self.left_out
+        good = step - before  # with this one, if it counts
+        if not skipped:
+            mean = self.losses[at] if good > 1 else 0.0
+            self.losses[at:] = [mean + (loss - mean) / good]
+        elif good == 1:
+            self.losses[at:] = [float("nan")]
+        self.skipped[at:], self.seconds[at:] = [before + skipped], [seconds]
+
+    @property
+    def left_out(self) -> int:
+        """How many steps of the epoch in hand were left out."""
+        return sum(self.skipped[self.epoch - 1 :])
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able values."""
@@ -99,7 +121,7 @@ def train(
     step: pj.TrainStep,
     state: pj.TrainState,
     epoch: Callable[[int], grain.MapDataset],
-    validate: Callable[[pj.TrainState], Score],
+    validate: Callable[[pj.TrainState, Check], Score],
     limits: Limits,
     shown: Shown,
     runs: Runs | None = None,
@@ -110,7 +132,8 @@ def train(
     Args:
       step, state: of `peftjax.make_train_step` and `peftjax.train_state`.
       epoch: `epoch(number)`, the batches of an epoch, from 1.
-      validate: the score of a state on rows that are not trained on. A higher value is better, then a lower loss.
+      validate: `validate(state, check)`, the score of a state on rows that are not trained on. A higher value is better,
+        then a lower loss. It calls `check()` after every batch, on all processes alike: there the run may be stopped.
       limits: when to stop.
       shown: where progress is shown.
       runs: where checkpoints go, after every epoch and `every` so many steps, and whence the run goes on; None for none.
@@ -124,11 +147,14 @@ def train(
     going = _Going(step, state, limits, shown, runs, every)
     now = going.now
     with Interruption(runs) as interruption:
+        check = lambda: interruption.check(int(going.state.step), going.save)
         while now.epoch <= limits.epochs and (now.best == 0 or now.epoch - 1 - now.best < limits.patience):
-            going.train(epoch(now.epoch), interruption)
-            going.judge(validate(going.state))
-    if runs is not None:
-        runs.wait()
+            going.train(epoch(now.epoch), check)
+            going.judge(validate(going.state, check))
+            check()
+        if runs is not None:
+            runs.wait()
+            check()
     return Trained(going.kept.tuned, now, going.kept.model_state)
 
 
@@ -146,29 +172,26 @@ class _Going:
             kept = (found if best is None else best)[0]
         self.kept = _copy(kept)
 
-    def train(self, batches: grain.MapDataset, interruption: Interruption) -> None:
+    def train(self, batches: grain.MapDataset, check: Check) -> None:
         """Goes through the rest of an epoch."""
         now, reading = self.now, iter(batches.to_iter_dataset())
         done = 0 if now.data is None else now.data["next_index"]
         if now.data is not None:
             reading.set_state(now.data)
-        spent, total = sum(now.seconds[now.epoch - 1 :]), done * sum(now.losses[now.epoch - 1 :])
         self.shown.epoch(now.epoch, len(batches), done)
-        start = time.perf_counter()
+        start = time.perf_counter() - sum(now.seconds[now.epoch - 1 :])
         for done, batch in enumerate(reading, done + 1):
             began = time.perf_counter()
             self.state, metrics = self.step(self.state, arrays(batch))
             loss = float(metrics["loss"])
-            total += loss
             now.data = reading.get_state()
-            now.seconds[now.epoch - 1 :] = [spent + time.perf_counter() - start]
-            now.losses[now.epoch - 1 :] = [total / done]
+            now.add(done, loss, int(self.state.failing) > 0, time.perf_counter() - start)
             self._check(loss)
             number = int(self.state.step)
             self.shown.step(number, loss, float(batch["weight"].sum()) / (time.perf_counter() - began))
             if self.every and number % self.every == 0:
                 self.save()
-            interruption.check(number, self.save)
+            check()
 
     def judge(self, score: Score) -> None:
         """Ends an epoch, with its score."""
@@ -176,7 +199,7 @@ class _Going:
         now.scores.append(score)
         if better := now.best == 0 or _rank(score) > _rank(now.scores[now.best - 1]):
             now.best, self.kept = now.epoch, _copy(self.state)
-        self.shown.score(now.epoch, score, better)
+        self.shown.score(now.epoch, score, better, now.left_out)
         now.epoch, now.data = now.epoch + 1, None
         self.save(**({"epoch": now.epoch - 1} if better else {}))
 
@@ -214,8 +237,10 @@ def arrays(batch: Batch) -> Batch:
 
 def predict(
     apply: Apply, step: pj.TrainStep | None = None, longest: int | None = None
-) -> Callable[[Any, Iterable[Batch], int], np.ndarray]:
+) -> Callable[..., np.ndarray]:
     """Makes `outputs(tuned, batches, n)`: the outputs of n examples, (n, ...), in the order of their index.
+
+    A fourth argument is called after every batch: it may raise, and stop it all.
 
     Args:
       apply: `apply(tuned, batch)`.
@@ -232,12 +257,13 @@ def predict(
 
     forward = jax.jit(run, out_shardings=whole)
 
-    def outputs(tuned: Any, batches: Iterable[Batch], n: int) -> np.ndarray:
+    def outputs(tuned: Any, batches: Iterable[Batch], n: int, check: Check = lambda: None) -> np.ndarray:
         found: np.ndarray | None = None
         for batch in batches:
             out, index = map(np.asarray, forward(tuned, batch if step is None else step.place(batch)))
             found = np.full((n, *out.shape[1:]), np.nan, out.dtype) if found is None else found
             found[index] = out
+            check()
         if found is None or np.isnan(found).any():
             raise ValueError(f"{n} examples, and not every one has a finite result")
         return found

@@ -273,7 +273,7 @@ def loop():
     def run(scores, patience, rate=0.1, steps=1):
         left, seen, tx = iter(scores), [], optax.sgd(rate)
 
-        def validate(state):
+        def validate(state, check):
             seen.append(np.asarray(state.tuned["w"].value))
             return train.Score(*next(left))
 

@@ -2,10 +2,13 @@
 
 import conftest  # noqa: F401  (for the processes started here: the same platform, and what is compiled is shared)
 
+import contextlib
 import multiprocessing
 import os
 import re
+import signal
 import socket
+import time
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +19,8 @@ from jax.sharding import Mesh, PartitionSpec as P
 
 import peftjax as pj
 from experiments.batches import batches
-from experiments.train import arrays
+from experiments.interruption import Interrupted
+from experiments.train import Limits, arrays, train
 from peftjax.processes import join
 from peftjax.runs import Runs
 from peftjax.sharding_rules import by_rules, make_mesh
@@ -88,6 +92,50 @@ def absent(index, port, out):
         out.put((index, str(error)))
 
 
+def stopping(index, port, folder, checkpoints, out):
+    """One of two processes that train a step, and then judge for a minute; a file says that they do."""
+    os.environ["XLA_FLAGS"] = re.sub(r"device_count=\d+", "device_count=2", os.environ["XLA_FLAGS"])
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    jax.config.update("jax_numpy_rank_promotion", "allow")
+    join(f"127.0.0.1:{port}", 2, index, timeout=120)
+    step, state = begin(make_mesh("data:2,model:2"))
+    epoch = lambda number: batches(IDS[:8], {"label": np.zeros(8, np.int32)}, 8, (4,), (0,), step.share)
+
+    def judge(state, check):
+        (folder / f"judges-{index}").touch()
+        for _ in range(600):
+            time.sleep(0.1)
+            check()
+
+    with Runs(folder / "runs", METHOD) if checkpoints else contextlib.nullcontext() as runs:
+        try:
+            train(step, state, epoch, judge, Limits(1, 1), Silent(), runs)
+        except Interrupted as error:
+            out.put((index, str(error), runs.numbers))
+    if index == 1:
+        os.kill(os.getpid(), signal.SIGTERM)  # behind the run it is as it always is
+    time.sleep(60)
+
+
+class Silent:
+    def epoch(self, *_): ...
+    def step(self, *_): ...
+    def score(self, *_): ...
+
+
+def judging(folder, checkpoints, out):
+    """Both processes, once they judge."""
+    port = free_port()
+    both = [PROCESSES.Process(target=stopping, args=(k, port, folder, checkpoints, out)) for k in range(2)]
+    for process in both:
+        process.start()
+    end = time.monotonic() + 120
+    while len(list(folder.glob("judges-*"))) < 2 and all(p.is_alive() for p in both) and time.monotonic() < end:
+        time.sleep(0.05)
+    return both
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -115,6 +163,26 @@ def test_two_processes_give_what_one_device_gives(tmp_path):
         again, data = runs.restore(begin()[1])
     assert data == {"batch": 3} and int(again.step) == 3
     np.testing.assert_allclose(losses(begin()[0], again, first=3)[0], want[3:], rtol=1e-5)
+
+
+def test_sigterm_to_one_stops_both_within_validation(tmp_path):
+    out = PROCESSES.Queue()
+    both = judging(tmp_path, True, out)
+    os.kill(both[1].pid, signal.SIGTERM)
+    found = sorted(out.get(timeout=10) for _ in both)
+    both[1].join(10)
+    both[0].kill()
+    assert both[1].exitcode == -signal.SIGTERM
+    for index, (k, message, numbers) in enumerate(found):
+        assert k == index and "stopped by SIGTERM after step 1; the state is in" in message and numbers == [1]
+
+
+def test_sigterm_without_checkpoints_does_what_it_always_does(tmp_path):
+    both = judging(tmp_path, False, PROCESSES.Queue())
+    os.kill(both[1].pid, signal.SIGTERM)
+    both[1].join(10)
+    both[0].kill()
+    assert both[1].exitcode == -signal.SIGTERM
 
 
 def test_a_process_that_never_joins_is_named():

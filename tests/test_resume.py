@@ -2,6 +2,7 @@
 
 import conftest  # noqa: F401  (for the processes started here: the same platform, and what is compiled is shared)
 
+import io
 import json
 import multiprocessing
 import os
@@ -17,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from rich.console import Console
 
 import peftjax as pj
-from experiments import train
+from experiments import display, train
 from experiments.interruption import Interrupted
 from peftjax.runs import Runs
 
@@ -36,10 +38,11 @@ class Silent:
     def score(self, *_): ...
 
 
-def go(folder, seen, pause=0.0, limit=None):
+def go(folder, seen, pause=0.0, limit=None, judging=None):
     """Trains a small network, from the checkpoint in `folder` if there is one; what it ends with goes into a file there.
 
-    `seen` is a file that gets a byte per step; `limit` is the largest file that may be written, in bytes.
+    `seen` is a file that gets a byte per step; `limit` is the largest file that may be written, in bytes; after the
+    step `judging`, validation takes 20 s.
     """
     if limit is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -61,8 +64,11 @@ def go(folder, seen, pause=0.0, limit=None):
             file.write(b".")
         return step(state, batch)
 
-    def validate(state):
+    def validate(state, check):
         kernel = np.asarray(pj.merge(state.tuned)["down"])
+        for _ in range(100 if int(state.step) == judging else 1):
+            time.sleep(0.2 if judging else 0.0)
+            check()
         return train.Score(0.5, float(np.abs(kernel).sum()))
 
     epoch = lambda number: grain.MapDataset.source(rows).seed(number).shuffle()
@@ -157,6 +163,19 @@ def test_sigterm_saves_and_ends_the_run(whole, tmp_path):
     goes_on_to(whole, tmp_path)
 
 
+@pytest.mark.parametrize("epoch", [1, EPOCHS])
+def test_sigterm_during_validation_saves_and_ends_the_run(epoch, whole, tmp_path):
+    """After the batch in hand, of 0.2 s, not after all of them; and the epoch is judged when the run goes on."""
+    process = started(tmp_path, steps=epoch * STEPS, judging=epoch * STEPS)
+    time.sleep(0.5)
+    begin = time.monotonic()
+    stopped(process, signal.SIGTERM)
+    assert time.monotonic() - begin < 5 and not (tmp_path / "end.npz").exists()
+    with Runs(tmp_path / "runs", METHOD) as runs:
+        assert runs.numbers[-1] == epoch * STEPS
+    goes_on_to(whole, tmp_path)
+
+
 def test_a_full_disk_leaves_the_checkpoint_before(whole, tmp_path):
     stopped(started(tmp_path, steps=8, pause=0.02), signal.SIGKILL)
     with Runs(tmp_path / "runs", METHOD) as runs:
@@ -184,3 +203,47 @@ def test_sigterm_without_checkpoints_is_left_alone():
         assert signal.getsignal(signal.SIGTERM) is before
         interruption.check(1, lambda: None)
     assert issubclass(Interrupted, Exception)
+
+
+# Losses that are not finite
+
+
+def failing(folder, bad, epochs=2, shown=Silent()):
+    """Trains on ten batches an epoch, those in `bad` of NaN; what it gives, and the states after each step."""
+    rows = [{"ids": np.full((2, 3), np.nan if k in bad else 1 + k, np.float32)} for k in range(10)]
+    rows = [{**row, "label": np.zeros(2, np.int32), "weight": np.ones(2, np.float32)} for row in rows]
+    tuned, tx, states = pj.unfreeze("w").init(jax.random.key(0), {"w": np.ones((3, 2), np.float32)}), optax.sgd(1e-2), []
+    step = pj.make_train_step(pj.wrap(lambda params, batch: batch["ids"] @ params["w"]), train.cross_entropy, tx)
+
+    def kept(state, batch):
+        state, metrics = step(state, batch)
+        states.append((np.asarray(state.tuned["w"].value), float(metrics["loss"])))
+        return state, metrics
+
+    with Runs(folder / "runs", pj.unfreeze("w"), metric="epoch", lowest=False) as runs:
+        state, epoch = pj.train_state(tuned, tx), lambda number: grain.MapDataset.source(rows)
+        judge = lambda state, check: train.Score(0.5, 1.0)
+        try:
+            return train.train(kept, state, epoch, judge, train.Limits(epochs, 9), shown, runs), states
+        except FloatingPointError as error:
+            return (error, runs.restore(pj.train_state(tuned, tx))), states
+
+
+def test_the_run_stops_with_the_last_good_state_saved(tmp_path):
+    (error, (state, data)), states = failing(tmp_path, range(3, 10))
+    assert "5 steps in a row, up to step 8" in str(error) and len(states) == 8
+    np.testing.assert_array_equal(state.tuned["w"].value, states[2][0])
+    assert not np.array_equal(states[2][0], states[1][0])
+    assert (int(state.step), int(state.skipped), data["skipped"]) == (8, 5, [5])
+    assert data["losses"] == [pytest.approx(np.mean([loss for _, loss in states[:3]]))]
+
+
+def test_a_step_that_is_left_out_is_counted_and_not_in_the_mean(tmp_path):
+    printed = io.StringIO()
+    with display.Bar(Console(file=printed, width=120)) as bar:
+        trained, states = failing(tmp_path, (0, 4), shown=bar)
+    losses = np.array([loss for _, loss in states]).reshape(2, 10)
+    assert trained.progress.skipped == [2, 2]
+    np.testing.assert_allclose(trained.progress.losses, np.nanmean(losses, 1), rtol=1e-6)
+    assert "epoch 2: 2 steps left out, whose loss or gradient was not finite" in printed.getvalue()
+    assert "nan" not in printed.getvalue().split("epoch 2: validation")[1]
