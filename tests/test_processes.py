@@ -21,7 +21,7 @@ import peftjax as pj
 from experiments.batches import batches
 from experiments.interruption import Interrupted
 from experiments.train import Limits, arrays, train
-from peftjax.processes import join
+from peftjax.processes import SLURM, join, slurm
 from peftjax.runs import Runs
 from peftjax.sharding_rules import by_rules, make_mesh
 
@@ -113,6 +113,8 @@ def stopping(index, port, folder, checkpoints, out):
             train(step, state, epoch, judge, Limits(1, 1), Silent(), runs)
         except Interrupted as error:
             out.put((index, str(error), runs.numbers))
+    out.close()
+    out.join_thread()
     if index == 1:
         os.kill(os.getpid(), signal.SIGTERM)  # behind the run it is as it always is
     time.sleep(60)
@@ -134,6 +136,13 @@ def judging(folder, checkpoints, out):
     while len(list(folder.glob("judges-*"))) < 2 and all(p.is_alive() for p in both) and time.monotonic() < end:
         time.sleep(0.05)
     return both
+
+
+def free_port_above(least):
+    for port in range(least, 2**16):
+        with contextlib.suppress(OSError), socket.socket() as s:
+            s.bind(("", port))
+            return port
 
 
 def free_port():
@@ -191,6 +200,56 @@ def test_a_process_that_never_joins_is_named():
     assert found[0] == found[2] == f"of 3 processes, 1 did not join at 127.0.0.1:{port} within 3 s"
     found = run(absent, [(1, free_port())])
     assert "of 3 processes, 0 did not join" in found[1]
+
+
+def by_slurm(index, n, port, out):
+    """A task as SLURM starts it, one of n of a step of which only the first three came."""
+    told = {"JOB_ID": port - 2**16 + 2**12, "STEP_NODELIST": "localhost", "NTASKS": n, "PROCID": index, "LOCALID": index}
+    os.environ |= {f"SLURM_{name}": str(x) for name, x in told.items()}
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        join(timeout=3 if n > 3 else 60)
+        out.put((index, (jax.process_index(), jax.process_count(), jax.config.values["jax_cuda_visible_devices"])))
+        jax.distributed.shutdown()
+    except TimeoutError as error:
+        out.put((index, str(error)))
+
+
+def test_the_roll_is_called_under_slurm_too():
+    port = free_port_above(2**16 - 2**12)
+    found = run(by_slurm, [(k, 4, port) for k in (0, 1, 3)])
+    assert set(found.values()) == {f"of 4 processes, 2 did not join at localhost:{port} within 3 s"}
+    found = run(by_slurm, [(k, 2, port) for k in range(2)])
+    assert found == {k: (k, 2, str(k)) for k in range(2)}  # one GPU for each
+
+
+def a_node(port, out):
+    """A task that is alone on its node, and says where it meets the others."""
+    os.environ |= {name: "0" for name in SLURM} | {"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "localhost"}
+    join(f"localhost:{port}", 1, 0)
+    out.put((0, jax.config.values["jax_cuda_visible_devices"]))
+
+
+def test_a_process_that_is_told_where_to_join_keeps_all_gpus_under_slurm():
+    assert run(a_node, [(free_port(),)]) == {0: "all"}
+
+
+@pytest.mark.parametrize(
+    "nodes,first",
+    [
+        ("node001", "node001"),
+        ("node001,host2", "node001"),
+        ("n[001-015],h", "n001"),
+        ("n[001,007-015],h", "n001"),
+        ("n[3-4]-ib", "n3-ib"),
+        ("a-b[3],c", "a-b3"),
+    ],
+)
+def test_the_first_node_of_a_list(nodes, first):
+    told = {"SLURM_JOB_ID": "4097", "SLURM_STEP_NODELIST": nodes, "SLURM_NTASKS": "8", "SLURM_PROCID": "7"}
+    assert slurm(told) == (f"{first}:61441", 8, 7)
+    with pytest.raises(ValueError, match="task 'x' of '8'; expected numbers"):
+        slurm(told | {"SLURM_PROCID": "x"})
 
 
 def test_two_processes_of_one_number_are_refused():
