@@ -11,7 +11,6 @@ python experiments/finetune.py --config.mesh=data:-1 --config.resume=auto
 launch.md beside this file says how to run it on many machines.
 """
 
-import contextlib
 import dataclasses
 import functools
 import sys
@@ -29,7 +28,7 @@ from absl import app, flags, logging
 from rich.console import Console
 
 import peftjax as pj
-from experiments import assets, data, display, logs, pages, processes, recipes, record, tasks
+from experiments import assets, data, display, pages, processes, recipes, record, running, tasks
 from experiments.baselines import Baseline, Baselines
 from experiments.batches import batches
 from experiments.data import Rows
@@ -39,11 +38,6 @@ from experiments.schedules import at_rate
 from experiments.tasks import Encoded, Result
 from experiments.text_model import ADAPTER, Page, TextModel
 from experiments.train import Check, Limits, Score, Trained, predict, train
-from peftjax.runs import Runs
-from peftjax.sharding_rules import by_rules, make_mesh, within
-
-# What may change when a run goes on.
-FREE = ("out", "resume", "every", "mesh", "accumulate", "join", "timeout", "tensorboard", "profile")
 
 
 def start(c: ml_collections.ConfigDict, console: Console) -> list[Result]:
@@ -140,8 +134,7 @@ class Place:
 
 def place(c: ml_collections.ConfigDict) -> Place:
     """That of the run of a page."""
-    settings = {name: value for name, value in c.to_dict().items() if name not in FREE}
-    return Place(folder_of_run(c), {**settings, **data.identity(c.data)})
+    return Place(folder_of_run(c), {**c.to_dict(), **data.identity(c.data)})
 
 
 def fit(
@@ -179,9 +172,8 @@ def fit(
     method, roles = recipes.method(c, steps), pj.roles(model, model.params, _example(model, c.batch))
     tuned = method.init(init, model.fresh(init) if c.method == recipes.SCRATCH else model.params, roles)
     console.print(f"{method.name} {c.method}: {pj.count(tuned)}")
-    mesh = make_mesh(c.mesh) if c.mesh else None
+    mesh, specs = running.laid(c, RULES, model.params)
     tx = optimizer(c, steps)
-    specs = None if mesh is None else by_rules(within(RULES, mesh), model.params, mesh)
     state = pj.train_state(tuned, tx, key=dropout, mesh=mesh, specs=specs)
     tools, same = {} if tools is None else tools, (repr(method), c.mesh, c.accumulate, c.decay, c.clip)
     if same not in tools:
@@ -202,7 +194,10 @@ def fit(
         return Score(value, float(loss / aux["weight"]))
 
     where = place(c) if where is None else where
-    with _shown(c, console, task.metric, where) as shown, _runs(c, method, roles, where) as runs:
+    with (
+        running.shown(c, console, where.folder, task.metric) as shown,
+        running.checkpoints(c, where.folder, method, roles, where.settings) as runs,
+    ):
         trained = train(step, state, epoch, validate, Limits(c.epochs, c.patience), shown, runs, c.every)
 
     def answers(rows: Rows) -> np.ndarray:
@@ -210,26 +205,6 @@ def fit(
         return task.answers(outputs(trained.tuned, encoded), encoded)
 
     return Fitted(trained, processes.whole(trained.tuned, tuned), method, answers)
-
-
-@contextlib.contextmanager
-def _shown(c: ml_collections.ConfigDict, console: Console, metric: str, where: Place) -> Any:
-    with contextlib.ExitStack() as stack:
-        places = [display.Bar(console, metric)]
-        if c.tensorboard and processes.is_first():
-            places.append(logs.TensorBoard(where.folder / "tensorboard", metric))
-        if c.profile:
-            places.append(logs.Profile(where.folder / "profile", c.profile))
-        yield logs.Together([stack.enter_context(place) for place in places])
-
-
-def _runs(c: ml_collections.ConfigDict, method: pj.Method, roles: pj.Roles, where: Place) -> Any:
-    if c.resume not in ("auto", "no"):
-        raise ValueError(f"resume {c.resume!r}; expected auto or no")
-    if c.resume == "no":
-        return contextlib.nullcontext()
-    folder = where.folder / "checkpoints"
-    return Runs(folder, method, roles, metric="epoch", lowest=False, settings=where.settings)
 
 
 def folder_of_run(c: ml_collections.ConfigDict) -> Path:

@@ -44,22 +44,28 @@ class TensorBoard:
         self._writer.flush()
 
 
+def span(steps: str) -> tuple[int, int]:
+    """The first step and the end of "first:end", such as "10:13" for the steps 10, 11 and 12.
+
+    Raises:
+      ValueError: other words, a first step below 2 (the first one compiles), or an end that is not behind it.
+    """
+    parts = steps.split(":")
+    if len(parts) != 2 or not all(part.isdigit() for part in parts) or not 1 < int(parts[0]) < int(parts[1]):
+        raise ValueError(f'profile {steps!r}; expected "first:end" with 1 < first < end, such as "10:13"')
+    return int(parts[0]), int(parts[1])
+
+
 class Profile:
     """Writes a profile of chosen steps into a folder, which TensorBoard and Perfetto show; warns where no such step came.
 
     Args:
       folder: where to.
-      steps: "first:end", such as "10:13" for the steps 10, 11 and 12.
-
-    Raises:
-      ValueError: other words, a first step below 2 (the first one compiles), or an end that is not behind it.
+      steps: as `span` reads them.
     """
 
     def __init__(self, folder: Path, steps: str):
-        parts = steps.split(":")
-        if len(parts) != 2 or not all(part.isdigit() for part in parts) or not 1 < int(parts[0]) < int(parts[1]):
-            raise ValueError(f'profile {steps!r}; expected "first:end" with 1 < first < end, such as "10:13"')
-        self._folder, (self._first, self._end), self._runs, self._wrote = folder, map(int, parts), False, False
+        self._folder, (self._first, self._end), self._runs, self._wrote = folder, span(steps), False, False
 
     def __enter__(self) -> "Profile":
         return self

@@ -30,7 +30,7 @@ def join(
       TimeoutError: not all came; says which did not.
       ValueError: an index that is not there, or that two processes have.
     """
-    gpus = None  # all of the machine
+    gpus: list[int] | None = None  # all of the machine
     if coordinator is None:
         if not set(SLURM) <= set(os.environ):
             jax.distributed.initialize(initialization_timeout=int(timeout))

@@ -1,0 +1,72 @@
+"""What the training scripts take alike from a page: a mesh, checkpoints to go on from, and places where a run is shown."""
+
+import contextlib
+from pathlib import Path
+from typing import Any, Iterator, Mapping
+
+import ml_collections
+from jax.sharding import Mesh
+from rich.console import Console
+
+import peftjax as pj
+from experiments import display, logs, processes
+from experiments.train import Shown
+from peftjax.runs import Runs
+from peftjax.sharding_rules import Rules, by_rules, make_mesh, within
+
+CHECKPOINTS = "checkpoints"  # the folder, in that of the run
+# What may change when a run goes on.
+FREE = ("out", "resume", "every", "mesh", "accumulate", "join", "timeout", "tensorboard", "profile")
+
+
+def check(c: ml_collections.ConfigDict) -> None:
+    """Raises where a page has words that no run can read: what would be found after minutes is found at once.
+
+    Raises:
+      ValueError: another `resume` than "auto" and "no", or another `profile` than "first:end".
+    """
+    if c.resume not in ("auto", "no"):
+        raise ValueError(f"resume {c.resume!r}; expected auto or no")
+    if c.profile:
+        logs.span(c.profile)
+
+
+def laid(c: ml_collections.ConfigDict, rules: Rules, params: Any) -> tuple[Mesh | None, Any]:
+    """The mesh that `--config.mesh=` names and, by a model's rules, where its parameters lie; None twice for one device."""
+    if not c.mesh:
+        return None, None
+    mesh = make_mesh(c.mesh)
+    return mesh, by_rules(within(rules, mesh), params, mesh)
+
+
+@contextlib.contextmanager
+def shown(c: ml_collections.ConfigDict, console: Console, folder: Path, metric: str = "accuracy") -> Iterator[Shown]:
+    """A bar, and in the folder of the run what `--config.tensorboard=` and `--config.profile=` ask for."""
+    with contextlib.ExitStack() as stack:
+        places: list[Any] = [display.Bar(console, metric)]
+        if c.tensorboard and processes.is_first():
+            places.append(logs.TensorBoard(folder / "tensorboard", metric))
+        if c.profile:
+            places.append(logs.Profile(folder / "profile", c.profile))
+        yield logs.Together([stack.enter_context(place) for place in places])
+
+
+def checkpoints(
+    c: ml_collections.ConfigDict, folder: Path, method: pj.Method, roles: pj.Roles, settings: Mapping[str, Any]
+) -> contextlib.AbstractContextManager[Runs | None]:
+    """The checkpoints of a run, in its folder, as `--config.resume=` has it.
+
+    Args:
+      c: the page.
+      folder: of the run.
+      method, roles: what made the tree.
+      settings: what has to be the same when the run goes on, by name; what is free is left out.
+
+    Raises:
+      ValueError: as `check` does; or the folder holds something else.
+    """
+    check(c)
+    if c.resume == "no":
+        return contextlib.nullcontext()
+    kept = {name: value for name, value in settings.items() if name not in FREE}
+    return Runs(folder / CHECKPOINTS, method, roles, metric="epoch", lowest=False, settings=kept)
