@@ -1,6 +1,20 @@
 """Handwritten digits: EfficientNet-Lite0, pretrained on photographs, tuned in seven ways on 250, 1,000 and 4,000 images.
 
-python experiments/finetune_image.py --config=experiments/configs/digits.py
+    python experiments/finetune_image.py --config=experiments/configs/digits.py
+
+500 images to choose on, 500 others to test on. Test accuracy, the mean and the range of seeds 0, 1 and 2:
+
+    strategy   250 images             1,000 images           4,000 images
+    probe      0.646 (0.626-0.658)    0.736 (0.732-0.740)    0.788 (0.788-0.788)
+    last       0.711 (0.698-0.728)    0.745 (0.730-0.768)    0.755 (0.748-0.764)
+    few        0.829 (0.810-0.848)    0.881 (0.874-0.888)    0.894 (0.892-0.898)
+    lora       0.930 (0.916-0.944)    0.942 (0.924-0.952)    0.945 (0.932-0.962)
+    adapters   0.885 (0.880-0.892)    0.923 (0.910-0.936)    0.923 (0.918-0.930)
+    whole      0.933 (0.922-0.942)    0.961 (0.958-0.966)    0.958 (0.946-0.964)
+    scratch    0.831 (0.826-0.834)    0.789 (0.740-0.814)    0.827 (0.756-0.900)
+
+The runs are in experiments/results/images-digits.jsonl. All 63 took 18 minutes on two cores, compiling included; one takes
+3 to 25 s of training.
 """
 
 import ml_collections
