@@ -125,7 +125,7 @@ class Place:
 
     Attributes:
       folder: of this run alone.
-      settings: the values on which it depends; with others, its checkpoints are not gone on from.
+      settings: the values on which it depends, beside what is free; with others, its checkpoints are not gone on from.
     """
 
     folder: Path

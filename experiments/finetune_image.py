@@ -3,17 +3,22 @@
 python experiments/finetune_image.py
 python experiments/finetune_image.py --config.data=photos/ --config.size=96
 python experiments/finetune_image.py --config.strategies=last,lora,gradual --config.rows=1000
+python experiments/finetune_image.py --config.mesh=data:-1 --config.resume=auto
 
-Finished runs are rows of a file of results; a second call does what is missing, and shows all.
+Finished runs are rows of a file of results; a second call does what is missing, and shows all. With resume=auto it goes on
+within the run that was stopped, too.
 """
 
+import contextlib
 import dataclasses
 import functools
+import io
 import itertools
+import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterable, Sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -26,14 +31,17 @@ from ml_collections import config_flags
 from rich.console import Console
 
 import peftjax as pj
-from experiments import assets, baselines, display, images, report, vision
+from experiments import assets, baselines, images, report, running, vision
+from experiments.data import Dataset
 from experiments.images import Images, batches
+from experiments.interruption import Interrupted
 from experiments.ledger import Ledger
 from experiments.pages import check_numbers, listed
 from experiments.schedules import warm_then_linear
 from experiments.train import (
     Check,
     Limits,
+    Progress,
     Score,
     Trained,
     arrays,
@@ -44,7 +52,7 @@ from experiments.train import (
 )
 
 LISTS = ("strategies", "rows", "seeds")  # what a call goes through
-FREE = (*LISTS, "out")  # what does not matter to a single run
+FREE = (*LISTS, *running.FREE)  # what does not matter to a single run
 HEAD = ("classifier",)
 
 Strategy = Callable[[ml_collections.ConfigDict], Sequence[pj.Method]]
@@ -77,6 +85,15 @@ class Run:
         kept["rate"] = kept["rate"].get(self.strategy)
         return {**kept, **dataclasses.asdict(self)}
 
+    def folder(self, c: ml_collections.ConfigDict) -> Path:
+        """Where it keeps checkpoints and logs."""
+        return Path(c.out) / f"{Path(c.data).stem}-{self.strategy}-{self.rows}-seed{self.seed}"
+
+    def forget(self, c: ml_collections.ConfigDict) -> None:
+        """Deletes its checkpoints: once it is a row of the results, nobody goes on from them."""
+        for place in list(self.folder(c).glob(f"**/{running.CHECKPOINTS}")):
+            shutil.rmtree(place)
+
 
 @dataclasses.dataclass(frozen=True)
 class Tools:
@@ -84,11 +101,17 @@ class Tools:
 
     Attributes:
       step: the train step.
+      specs: where the parameters lie on its mesh; None for one device.
       logits: of a tree and its statistics, as `experiments.train.predict` makes them.
     """
 
     step: pj.TrainStep
+    specs: Any
     logits: Callable[..., np.ndarray]
+
+    def state(self, tuned: Any, stats: Any, key: jax.Array) -> pj.TrainState:
+        """The state before the first step."""
+        return pj.train_state(tuned, self.step.tx, key=key, model_state=stats, mesh=self.step.mesh, specs=self.specs)
 
 
 def run(c: ml_collections.ConfigDict, console: Console) -> list[dict[str, Any]]:
@@ -102,31 +125,58 @@ def run(c: ml_collections.ConfigDict, console: Console) -> list[dict[str, Any]]:
       The results of these runs.
 
     Raises:
-      ValueError: a strategy or network that is not known, or too few images.
+      ValueError: a strategy or network that is not known, targets that it does not have, or too few images.
+      Interrupted: the process was asked to stop; the state of the run in hand is saved.
     """
+    running.check(c)
+    c = completed(c)
     wanted = runs(c)
     data = images.load(c.data, c.size, c.image, c.label)
-    if max(c.rows) > len(data.train) or min(c.rows) < len(data.names):
-        raise ValueError(
-            f"rows {tuple(c.rows)}: expected {len(data.names)}, the number of classes, to {len(data.train)}, that of the "
-            "training images"
-        )
-    stages = max((len(STRATEGIES[one.strategy](c)) for one in wanted if one.strategy != PROBE), default=1)
-    if c.steps // stages < c.checks:
-        raise ValueError(
-            f"steps {c.steps} in {stages} stages: expected at least {c.checks} in each, one for each check"
-        )
+    check_sizes(c, data)
     path = Path(c.out) / f"images-{Path(c.data).stem}.jsonl"
     ledger = Ledger(path, VERSION)
     if missing := [one for one in wanted if ledger.find(one.settings(c)) is None]:
         lab = Lab(c, data, console)
+        lab.check({one.strategy: None for one in missing})
         for one in missing:
             ledger.add(one.settings(c), lab.result(one))
+            one.forget(c)
     results = [result for one in wanted if (result := ledger.find(one.settings(c))) is not None]
     console.print(report.table(results))
     picture = report.plot(results, path.with_suffix(".png"))
     console.print(f"{len(results)} runs are in {path}, and a plot of them in {picture}")
     return results
+
+
+def completed(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The page with the network's own targets where it names none.
+
+    Raises:
+      ValueError: a network that is not known.
+    """
+    if c.model not in vision.NETS:
+        raise ValueError(f"model {c.model!r}; expected one of {', '.join(vision.NETS)}")
+    c = ml_collections.ConfigDict(c.to_dict())
+    c.lora.targets = c.lora.targets or vision.NETS[c.model].lora
+    c.adapter.targets = c.adapter.targets or vision.NETS[c.model].adapters
+    return c
+
+
+def check_sizes(c: ml_collections.ConfigDict, data: Dataset[Images]) -> None:
+    """Raises where there are too few images, or too few steps, for what a page asks for."""
+    if max(c.rows) > len(data.train) or min(c.rows) < len(data.names):
+        raise ValueError(
+            f"rows {tuple(c.rows)}: expected {len(data.names)}, the number of classes, to {len(data.train)}, that of the "
+            "training images"
+        )
+    trained = [STRATEGIES[name](c) for name in listed(c.strategies) if name != PROBE]
+    if trained and min(c.rows) < c.batch:
+        raise ValueError(f"{min(c.rows)} rows to train on are fewer than a batch of {c.batch}; set --config.batch=")
+    stages = max(map(len, trained), default=1)
+    if c.steps // stages < c.checks:
+        raise ValueError(
+            f"steps {c.steps} in {stages} stages: expected at least {c.checks} in each, one for each check"
+        )
 
 
 def runs(c: ml_collections.ConfigDict) -> list[Run]:
@@ -146,24 +196,33 @@ class Lab:
     """Does runs, one after the other, on one network and one data set.
 
     Args:
-      c: the configuration.
+      c: the configuration, `completed`.
       data: the splits; the test split is opened when the first run has made its choices.
       console: where to print.
     """
 
-    def __init__(self, c: ml_collections.ConfigDict, data: Any, console: Console):
-        if c.model not in vision.NETS:
-            raise ValueError(f"model {c.model!r}; expected one of {', '.join(vision.NETS)}")
+    def __init__(self, c: ml_collections.ConfigDict, data: Dataset[Images], console: Console):
         self.c, self.data, self.console = c, data, console
         augment = vision.Augment(**c.augment.to_dict())
         self.model = vision.Classifier(vision.NETS[c.model], len(data.names), augment, c.momentum)
-        self.roles = self.model.roles(*self.model.pretrained(0), c.size)
+        self.params, stats = self.model.pretrained(0)
+        self.roles = self.model.roles(self.params, stats, c.size)
         self._tools: dict[tuple[str, int], Tools] = {}
 
     @functools.cached_property
     def test(self) -> Images:
         """The test images."""
         return self.data.test.open()
+
+    def check(self, strategies: Iterable[str]) -> None:
+        """Raises, before any run, where the mesh or a method of these strategies does not fit the network."""
+        running.laid(self.c, self.model.net.rules, self.params)
+        for strategy in strategies:
+            tuned = self.params
+            for method in () if strategy == PROBE else STRATEGIES[strategy](self.c):
+                init = functools.partial(method.init, jax.random.key(0), roles=self.roles)
+                with contextlib.redirect_stdout(io.StringIO()):  # a run itself says what it chose
+                    tuned = jax.eval_shape(init, tuned)
 
     def result(self, one: Run) -> dict[str, Any]:
         """What a run gives: accuracies on the three splits, seconds of training, and what trained."""
@@ -177,31 +236,40 @@ class Lab:
 
     def _trained(self, one: Run, training: Images) -> dict[str, Any]:
         tuned, stats = (self.model.initial if one.strategy == "scratch" else self.model.pretrained)(one.seed)
-        methods, seconds = STRATEGIES[one.strategy](self.c), 0.0
-        best: list[int] = []
+        methods, went = STRATEGIES[one.strategy](self.c), list[Progress]()
         for stage, method in enumerate(methods):
             tuned = method.init(jax.random.key(one.seed), tuned, self.roles)
             tools = self._made(one.strategy, stage, len(methods), tuned, stats)
-            trained = self._fit(one, stage, tools, tuned, stats, training, self.c.steps // len(methods))
+            trained = self._fit(one, stage, tools, tuned, stats, training)
             tuned, stats = trained.tuned, trained.model_state
-            seconds, best = seconds + sum(trained.progress.seconds), [*best, trained.progress.best]
+            went.append(trained.progress)
         accuracy = lambda some: score(self._logits(tools, tuned, stats, some), some.labels).value
         measured = {"training": accuracy(training[np.arange(min(len(training), self.c.measured))])}
         measured["validation"], trains = accuracy(self.data.validation), pj.count(tuned).trainable
-        return {**measured, "test": accuracy(self.test), "seconds": seconds, "trainable": trains, "best": best}
+        return {
+            **measured,
+            "test": accuracy(self.test),
+            "seconds": sum(sum(progress.seconds) for progress in went),
+            "trainable": trains,
+            "best": [progress.best for progress in went],
+            "skipped_steps": sum(sum(progress.skipped) for progress in went),
+        }
 
-    def _fit(self, one: Run, stage: int, tools: Tools, tuned: Any, stats: Any, training: Images, steps: int) -> Trained:
-        c, seed = self.c, (one.seed, one.rows, stage)
-        key = jax.random.fold_in(jax.random.key(one.seed), stage)
-        state = pj.train_state(tuned, tools.step.tx, key=key, model_state=stats)
-        plan = lambda number: batches(training, c.batch, steps // c.checks, (*seed, number))
+    def _fit(self, one: Run, stage: int, tools: Tools, tuned: Any, stats: Any, training: Images) -> Trained:
+        c, seed, methods = self.c, (one.seed, one.rows, stage), STRATEGIES[one.strategy](self.c)
+        state = tools.state(tuned, stats, jax.random.fold_in(jax.random.key(one.seed), stage))
+        plan = lambda number: batches(training, c.batch, c.steps // len(methods) // c.checks, (*seed, number))
 
         def validate(state: pj.TrainState, check: Check) -> Score:
             chosen_on = self.data.validation
             return score(self._logits(tools, state.tuned, state.model_state, chosen_on, check), chosen_on.labels)
 
-        with display.Bar(self.console) as bar:
-            return train(tools.step, state, plan, validate, Limits(c.checks, c.checks), bar)
+        folder = one.folder(c) / f"stage{stage + 1}" if len(methods) > 1 else one.folder(c)
+        with (
+            running.shown(c, self.console, folder) as shown,
+            running.checkpoints(c, folder, methods[stage], self.roles, one.settings(c)) as runs,
+        ):
+            return train(tools.step, state, plan, validate, Limits(c.checks, c.checks), shown, runs, c.every)
 
     def _logits(self, tools: Tools, tuned: Any, stats: Any, some: Images, *check: Check) -> np.ndarray:
         return tools.logits((tuned, stats), batches(some, self.c.batch), len(some), *check)
@@ -211,12 +279,12 @@ class Lab:
         if (strategy, stage) not in self._tools:
             c, apply = self.c, self.model.applied(vision.live(tuned))
             tx = optimizer(c, c.rate[strategy], c.steps // stages, tuned, self.roles)
-            step = pj.make_train_step(apply, cross_entropy, tx)
-            logits = predict(lambda both, batch: apply(both[0], batch, model_state=both[1])[0])
+            mesh, specs = running.laid(c, self.model.net.rules, self.params)
+            step = pj.make_train_step(apply, cross_entropy, tx, mesh)
+            logits = predict(lambda both, batch: apply(both[0], batch, model_state=both[1])[0], step)
+            tools = self._tools[strategy, stage] = Tools(step, specs, logits)
             batch = next(iter(batches(self.data.train, c.batch, 1).to_iter_dataset()))
-            state = pj.train_state(tuned, tx, key=jax.random.key(0), model_state=stats)
-            step(state, arrays(batch))
-            self._tools[strategy, stage] = Tools(step, logits)
+            step(tools.state(tuned, stats, jax.random.key(0)), arrays(batch))
         return self._tools[strategy, stage]
 
     def _probed(self, one: Run, training: Images) -> dict[str, Any]:
@@ -234,6 +302,7 @@ class Lab:
             "seconds": seconds,
             "trainable": baselines.size(fitted[-1]),
             "best": [],
+            "skipped_steps": 0,
         }
 
     @functools.cached_property
@@ -256,7 +325,7 @@ def main(_: list[str]) -> None:
     assets.keep_compiled()
     try:
         run(flags.FLAGS.config, Console())
-    except (ValueError, FloatingPointError, assets.Missing) as error:
+    except (ValueError, FloatingPointError, assets.Missing, Interrupted) as error:
         raise SystemExit(f"finetune_image: {error}") from error
 
 

@@ -130,7 +130,12 @@ def batches(images: Images, size: int, steps: int | None = None, seed: Sequence[
     Returns:
       A data set whose elements are `image` (size, S, S, C) uint8, `label` (size,) int32, `weight` (size,) float32 and
       `index` (size,), which image.
+
+    Raises:
+      ValueError: images drawn for fewer than one batch of them.
     """
+    if steps is not None and len(images) < size:
+        raise ValueError(f"{len(images)} images to draw from are fewer than a batch of {size}")
     count = len(images) if steps is None else steps * size
     order = np.arange(count) if steps is None else _orders(len(images), count, np.random.default_rng(seed))
     at = [order[k : k + size] for k in range(0, count, size)]

@@ -12,6 +12,7 @@ import peftjax as pj
 from experiments.assets import EFFICIENTNET, SQUEEZENET, fetch
 from experiments.batches import Batch
 from experiments.models import efficientnet, squeezenet
+from peftjax.sharding_rules import Rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,11 +23,17 @@ class Net:
       make: `make(classes, rngs)`.
       scaled: pixels as it expects them.
       read: its pretrained tree, with statistics.
+      lora: what LoRA targets by default: its dense convolutions.
+      adapters: what adapters target by default: the convolutions at the ends of its blocks.
+      rules: where its parameters lie on a mesh, as `peftjax.sharding_rules.by_rules` reads them.
     """
 
     make: Callable[[int, nnx.Rngs], nnx.Module]
     scaled: Callable[[jax.Array], jax.Array]
     read: Callable[[], Mapping[str, Any]]
+    lora: str
+    adapters: str
+    rules: Rules
 
 
 NETS = {
@@ -34,11 +41,17 @@ NETS = {
         lambda classes, rngs: efficientnet.EfficientNet(classes, rngs=rngs),
         efficientnet.scaled,
         lambda: efficientnet.read(fetch(EFFICIENTNET) / "efficientnet-lite0.pth"),
+        lora=".*/(expand|project|head)/conv",
+        adapters=".*/project/conv",
+        rules=efficientnet.RULES,
     ),
     "squeezenet": Net(
         lambda classes, rngs: squeezenet.SqueezeNet(classes, rngs=rngs),
         squeezenet.scaled,
         lambda: squeezenet.read(fetch(SQUEEZENET) / "squeezenet.pkl"),
+        lora="fire.*",
+        adapters=r"fire\d/expand\dx\d",
+        rules=squeezenet.RULES,
     ),
 }
 

@@ -1,5 +1,6 @@
 """Convolutional networks: the pretrained ones against torch, norms of batches, and strategies of transfer learning."""
 
+import dataclasses
 import pathlib
 import pickle
 import sys
@@ -21,10 +22,10 @@ from peftjax.depth import spans
 pytestmark = pytest.mark.third_party  # dm-pix and optax need the usual promotion
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-TINY = vision.Net(
-    lambda classes, rngs: EfficientNet(classes, (Stage(1, 1, 4, 3, 1), Stage(2, 2, 6, 3, 2)), 4, 8, rngs=rngs),
-    efficientnet.scaled,
-    lambda: tree(vision.Classifier(TINY, 5)._initial(jax.random.key(7))),
+TINY = dataclasses.replace(
+    vision.NETS["efficientnet"],
+    make=lambda classes, rngs: EfficientNet(classes, (Stage(1, 1, 4, 3, 1), Stage(2, 2, 6, 3, 2)), 4, 8, rngs=rngs),
+    read=lambda: tree(vision.Classifier(TINY, 5)._initial(jax.random.key(7))),
 )
 NORMS = [
     *(f"blocks/0/{part}/norm" for part in ("depthwise", "project")),

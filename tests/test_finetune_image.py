@@ -1,7 +1,16 @@
 """Transfer learning on images end to end, on a tiny network and a folder; what it reads, and what it refuses."""
 
+import conftest  # noqa: F401  (for the processes started here: the same platform, and what is compiled is shared)
+
+import dataclasses
 import io
 import json
+import multiprocessing
+import os
+import pathlib
+import re
+import signal
+import time
 
 import grain
 import jax
@@ -10,8 +19,9 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 from rich.console import Console
-from test_cnn import TINY
+from test_cnn import TINY, tree
 
+import peftjax as pj
 from experiments import (
     assets,
     catalogue,
@@ -20,12 +30,16 @@ from experiments import (
     images,
     record,
     report,
+    train,
     vision,
 )
 from experiments.configs import digits as page
 from experiments.ledger import Ledger
 
 pytestmark = pytest.mark.third_party
+STEPS = 48
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["test_finetune_image"])
 
 
 def picture(side, rng, channels=3):
@@ -78,7 +92,7 @@ def test_a_call_does_every_run(finished):
     assert list(results) == ["probe", "gradual"]
     for how, result in results.items():
         assert set(result) == {
-            "strategy", "rows", "seed", "training", "validation", "test", "seconds", "trainable", "best"
+            "strategy", "rows", "seed", "training", "validation", "test", "seconds", "trainable", "best", "skipped_steps"
         }  # fmt: skip
         assert result["test"] > 0.7 and 0 < result["seconds"] < 100, (how, result)
         assert report.NAMES[how] in printed
@@ -121,6 +135,123 @@ def test_a_second_call_goes_on(finished, folder, monkeypatch):
     assert Ledger(path, finetune_image.VERSION).find(finetune_image.runs(other)[0].settings(other)) is None
 
 
+def trained(folder, out, monkeypatch, **changes):
+    """What each training of a call gave, its rows without the seconds, and how many steps it took."""
+    monkeypatch.setitem(vision.NETS, "tiny", TINY)
+    kept, steps = [], []
+
+    def watched(step, *args):
+        kept.append(train.train(lambda *given: steps.append(0) or step(*given), *args))
+        return kept[-1]
+
+    monkeypatch.setattr(finetune_image, "train", watched)
+    c = configured(folder, out, strategies=("gradual",), **changes)
+    rows = finetune_image.run(c, Console(file=io.StringIO()))
+    return kept, [{k: v for k, v in row.items() if k != "seconds"} for row in rows], len(steps)
+
+
+def child(folder, out, changes):
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    jax.config.update("jax_numpy_rank_promotion", "allow")
+    vision.NETS["tiny"] = TINY
+    finetune_image.run(configured(folder, out, strategies=("gradual",), **changes), Console(file=io.StringIO()))
+
+
+def saved_in(place):
+    return [int(x.name) for x in place.glob("*") if x.name.isdigit()]
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    """What a run gives that nothing stops."""
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        return trained(folder, tmp_path_factory.mktemp("whole"), patch, steps=STEPS)
+
+
+@pytest.mark.parametrize("stage,how", [(1, signal.SIGKILL), (2, signal.SIGKILL), (2, signal.SIGTERM)])
+def test_a_run_that_is_stopped_goes_on_to_the_bit(stage, how, whole, folder, tmp_path, monkeypatch):
+    """Within the stage where it was, its statistics too; and its checkpoints go when it is a row."""
+    changes = {"resume": "auto", "every": 1, "steps": STEPS}
+    process = PROCESSES.Process(target=child, args=(folder, tmp_path, changes))
+    process.start()
+    place = tmp_path / f"{folder.stem}-gradual-40-seed0" / f"stage{stage}" / "checkpoints"
+    end = time.monotonic() + 120
+    while process.is_alive() and time.monotonic() < end and not saved_in(place):
+        time.sleep(0.005)
+    os.kill(process.pid, how)
+    process.join(10)
+    assert process.exitcode not in (0, None)
+    done = (stage - 1) * STEPS // 2 + max(saved_in(place))
+    (found, rows, steps), (want, expected, _) = trained(folder, tmp_path, monkeypatch, **changes), whole
+    assert steps == STEPS - done and 0 < done < STEPS
+    assert rows == expected and not list(tmp_path.rglob("checkpoints"))
+    for one, other in zip(found, want, strict=True):
+        assert one.progress.losses == other.progress.losses and one.progress.scores == other.progress.scores
+        same = lambda x, y: np.testing.assert_array_equal(x, y)
+        jax.tree.map(same, (pj.extract(one.tuned), one.model_state), (pj.extract(other.tuned), other.model_state))
+
+
+def test_a_mesh_gives_what_one_device_gives(folder, tmp_path, monkeypatch):
+    found, rows, _ = trained(folder, tmp_path / "mesh", monkeypatch, mesh="data:2,fsdp:2,model:2", batch=8, steps=8)
+    want, expected, _ = trained(folder, tmp_path / "one", monkeypatch, batch=8, steps=8)
+    assert [row["best"] for row in rows] == [row["best"] for row in expected]
+    for one, other in zip(found, want, strict=True):
+        assert len(jax.tree.leaves(one.model_state)[0].devices()) == 8
+        np.testing.assert_allclose(one.progress.losses, other.progress.losses, rtol=1e-5)
+        # Adam goes as far where a gradient is 0 but for rounding, as all are at first but the head's.
+        np.testing.assert_allclose(*([s.loss for s in x.progress.scores] for x in (one, other)), rtol=1e-3)
+    wide = next(x for name, x in pj.extract(found[-1].tuned).items() if "expand/conv" in name)
+    assert tuple(wide.sharding.spec) == (None, None, "fsdp", "model")
+
+
+def test_logs_and_a_profile_of_each_run(folder, tmp_path, monkeypatch):
+    trained(folder, tmp_path, monkeypatch, steps=8, tensorboard=True, profile="2:4")
+    for stage in ("stage1", "stage2"):
+        place = tmp_path / f"{folder.stem}-gradual-40-seed0" / stage
+        (events,) = (place / "tensorboard").iterdir()
+        for name in (b"training/loss", b"training/skipped", b"validation/accuracy"):
+            assert name in events.read_bytes()
+        (profile,) = (place / "profile").rglob("*.xplane.pb")
+        assert profile.read_bytes().count(b"jit_advance") >= 2
+
+
+def test_the_targets_are_the_networks_own(folder, tmp_path, monkeypatch):
+    """SqueezeNet under LoRA and adapters, with nothing said of targets."""
+    net = vision.NETS["squeezenet"]
+    start = vision.Classifier(net, 5)._initial(jax.random.key(0))
+    monkeypatch.setitem(vision.NETS, "squeezenet", dataclasses.replace(net, read=lambda: tree(start)))
+    few = {"strategies": ("lora", "adapters"), "size": 32, "steps": 2, "checks": 1}
+    rows = finetune_image.run(configured(folder, tmp_path, model="squeezenet", **few), Console(file=io.StringIO()))
+    assert [row["strategy"] for row in rows] == ["lora", "adapters"]
+    assert all(0 < row["trainable"] < 80_000 and row["skipped_steps"] == 0 for row in rows)
+
+
+def test_targets_that_are_not_there_are_found_before_any_run(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(vision.NETS, "tiny", TINY)
+    c = configured(folder, tmp_path, strategies=("last", "lora"))
+    c.lora.targets = "fire.*"
+    with pytest.raises(ValueError, match="fire"):
+        finetune_image.run(c, Console(file=io.StringIO()))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_committed_rows_are_those_of_the_page():
+    c = finetune_image.completed(page.get_config())
+    path = pathlib.Path(finetune_image.__file__).parent / "results" / "images-digits.jsonl"
+    ledger, runs = Ledger(path, finetune_image.VERSION), finetune_image.runs(c)
+    c.update({"mesh": "data:8", "resume": "auto", "every": 5, "tensorboard": True, "profile": "3:5"})
+    results = [ledger.find(one.settings(c)) for one in runs]
+    assert len(results) == 63 and None not in results
+    for name in {one.strategy for one in runs}:
+        by_rows = [[r["test"] for r in results if (r["strategy"], r["rows"]) == (name, n)] for n in c.rows]
+        line = "    ".join(f"{np.mean(x):.3f} ({min(x):.3f}-{max(x):.3f})" for x in by_rows)
+        assert re.search(rf"^    {name} +{re.escape(line)}$", page.__doc__, re.M), (name, line)
+
+
 def test_rows_of_a_file_of_results(tmp_path):
     path = tmp_path / "x.jsonl"
     assert record.read(path) == []
@@ -139,6 +270,10 @@ def test_says_what_is_wrong_with_a_configuration(folder, tmp_path, monkeypatch):
         ({"rows": ("many",)}, r"rows \('many',\): expected whole numbers, as --config.rows=0,1"),
         ({"strategies": ("last", "frist")}, "strategy 'frist'; expected one of probe, last, few"),
         ({"rows": (400,)}, r"rows \(400,\): expected 2, the number of classes, to 42"),
+        ({"batch": 41}, "40 rows to train on are fewer than a batch of 41; set --config.batch="),
+        ({"resume": "yes"}, "resume 'yes'; expected auto or no"),
+        ({"profile": "1:3"}, 'profile .1:3.; expected "first:end"'),
+        ({"mesh": "data:3"}, "the sizes multiply to 3, expected 8, the number of devices"),
         ({"steps": 3}, "steps 3 in 2 stages: expected at least 2 in each"),
         ({"model": "resnet"}, "model 'resnet'; expected one of efficientnet, squeezenet, tiny"),
         ({"data": str(tmp_path / "none")}, "is no folder, nor can it be the name of a data set"),
@@ -262,3 +397,5 @@ def test_batches():
     again = np.concatenate([b["index"] for b in images.batches(made, 2, 5, (0, 1))])
     np.testing.assert_array_equal(order, again)
     assert all((b["image"].ravel() == b["label"]).all() for b in drawn)
+    with pytest.raises(ValueError, match="5 images to draw from are fewer than a batch of 6"):
+        images.batches(made, 6, steps=1)

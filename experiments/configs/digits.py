@@ -34,8 +34,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.augment = ml_collections.ConfigDict({"shift": 2, "contrast": 0.2, "turn": 0.0, "flip": False})
 
     c.few = 3  # how many layers are the last few: the last two convolutions and the classifier
-    c.lora = ml_collections.ConfigDict({"rank": 8, "alpha": 16.0, "targets": ".*/(expand|project|head)/conv"})
-    c.adapter = ml_collections.ConfigDict({"bottleneck": 8, "targets": ".*/project/conv"})
+    c.lora = ml_collections.ConfigDict({"rank": 8, "alpha": 16.0, "targets": ""})  # "": the network's dense convolutions
+    c.adapter = ml_collections.ConfigDict({"bottleneck": 8, "targets": ""})  # "": the ends of the network's blocks
     c.stages = (1, 3)  # of "gradual": how many layers train, before all do
     # The highest learning rates: the best on the validation images of those about three times apart, 1,000 training
     # images, seed 9; of "lora" 3e-3 and 1e-2 are alike, of "gradual" one was tried.
@@ -53,5 +53,11 @@ def get_config() -> ml_collections.ConfigDict:
     c.checks = 3  # how often the validation images are looked at; the best of these states is kept
     c.measured = 500  # training images at most on which the accuracy is measured at the end
 
-    c.out = "runs"  # holds the file of results, images-digits.jsonl, and the plot
+    c.mesh = ""  # axes and sizes, as "data:2,model:2", over all devices; "" is one device
+    c.resume = "no"  # "auto" keeps checkpoints until a run is done, and goes on from the last one where there is one
+    c.every = 0  # steps between checkpoints; there is one at every check, too
+    c.tensorboard = False  # True writes losses and scores for TensorBoard into the folder of each run
+    c.profile = ""  # "10:13" writes a profile of the steps 10 to 12 there
+
+    c.out = "runs"  # holds the file of results, images-digits.jsonl, the plot, and a folder per run for what it keeps
     return c

@@ -12,8 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.traverse_util import unflatten_dict
+from jax.sharding import PartitionSpec
 
 from peftjax.interop.pickles import read_pickle
+
+# Where the parameters lie on a mesh; what no rule names is replicated.
+RULES = (
+    (r".*/expand/conv/kernel|head/conv/kernel", PartitionSpec(None, None, "fsdp", "model")),
+    (r".*/project/conv/kernel", PartitionSpec(None, None, "model", "fsdp")),
+    (r"classifier/kernel", PartitionSpec("fsdp", None)),
+)
 
 he_normal = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 

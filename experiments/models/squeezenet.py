@@ -8,10 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.traverse_util import unflatten_dict
+from jax.sharding import PartitionSpec
 
 from experiments.models.array_pickles import read_arrays
 
 MEANS = (103.939, 116.779, 123.68)  # of blue, green and red
+
+# Where the parameters lie on a mesh; what no rule names is replicated.
+RULES = (
+    (r"fire\d/squeeze1x1/kernel", PartitionSpec(None, None, "model", "fsdp")),
+    (r"fire\d/expand\dx\d/kernel", PartitionSpec(None, None, "fsdp", "model")),
+    (r"classifier/kernel", PartitionSpec(None, None, "fsdp", None)),
+)
 
 
 class Fire(nnx.Module):
