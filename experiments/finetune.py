@@ -24,7 +24,7 @@ import jax
 import ml_collections
 import numpy as np
 import optax
-from absl import app, flags, logging
+from absl import app, flags
 from rich.console import Console
 
 import peftjax as pj
@@ -240,8 +240,7 @@ def _numbers(results: list[Result], trained: Trained) -> dict[str, Any]:
 
 def main(_: list[str]) -> None:
     """Runs the configuration that the flags give."""
-    if not flags.FLAGS["verbosity"].present:  # orbax has much to say of every checkpoint, on every process
-        logging.set_verbosity(logging.ERROR)
+    running.quiet()
     assets.keep_compiled()
     try:
         start(pages.read(), Console())

@@ -93,6 +93,9 @@ class Run:
         """Deletes its checkpoints: once it is a row of the results, nobody goes on from them."""
         for place in list(self.folder(c).glob(f"**/{running.CHECKPOINTS}")):
             shutil.rmtree(place)
+            for folder in (place.parent, self.folder(c)):  # of the stage, and of the run, unless there are logs
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,6 +325,7 @@ def optimizer(
 
 def main(_: list[str]) -> None:
     """Does the runs that the flags ask for."""
+    running.quiet()
     assets.keep_compiled()
     try:
         run(flags.FLAGS.config, Console())

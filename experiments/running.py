@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Iterator, Mapping
 
 import ml_collections
+from absl import flags, logging
 from jax.sharding import Mesh
 from rich.console import Console
 
@@ -17,6 +18,12 @@ from peftjax.sharding_rules import Rules, by_rules, make_mesh, within
 CHECKPOINTS = "checkpoints"  # the folder, in that of the run
 # What may change when a run goes on.
 FREE = ("out", "resume", "every", "mesh", "accumulate", "join", "timeout", "tensorboard", "profile")
+
+
+def quiet() -> None:
+    """Hides what orbax has to say of every checkpoint, on every process, unless `--verbosity=` asks for it."""
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.ERROR)
 
 
 def check(c: ml_collections.ConfigDict) -> None:
