@@ -24,7 +24,7 @@ import jax
 import ml_collections
 import numpy as np
 import optax
-from absl import app, flags
+from absl import app
 from rich.console import Console
 
 import peftjax as pj

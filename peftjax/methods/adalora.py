@@ -196,8 +196,5 @@ def adalora(
             dropout=dropout,
         )
 
-    return dataclasses.replace(
-        per_leaf(make, targets, exclude, kernels=True),
-        penalty=plan.penalty,
-        update=plan.update,
-    )
+    made = per_leaf(make, targets, exclude, kernels=True)
+    return dataclasses.replace(made, penalty=plan.penalty, update=plan.update)
