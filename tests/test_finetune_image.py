@@ -31,6 +31,7 @@ from experiments import (
     record,
     report,
     train,
+    transfer,
     vision,
 )
 from experiments.configs import digits as page
@@ -105,7 +106,7 @@ def test_gradual_unfreezing_traces_once_per_stage(folder, tmp_path, monkeypatch)
     """Whatever the seed and the images; and a stage begins where the one before it ended."""
     monkeypatch.setitem(vision.NETS, "tiny", TINY)
     c = configured(folder, tmp_path, seeds=(0, 1), rows=(20, 40), steps=8)
-    lab, counts = finetune_image.Lab(c, images.load(c.data, c.size), Console(file=io.StringIO())), []
+    lab, counts = transfer.Lab(c, images.load(c.data, c.size), Console(file=io.StringIO())), []
     for one in finetune_image.runs(c):
         if one.strategy == "gradual":
             counts.append(lab.result(one)["trainable"])
@@ -123,7 +124,7 @@ def test_a_second_call_goes_on(finished, folder, monkeypatch):
     whole = path.read_text()
     done = []
     monkeypatch.setattr(
-        finetune_image.Lab, "result", lambda self, one: done.append(one) or dict(rows[1], seed=one.seed)
+        transfer.Lab, "result", lambda self, one: done.append(one) or dict(rows[1], seed=one.seed)
     )
     again = finetune_image.run(configured(folder, path.parent), Console(file=io.StringIO()))
     assert again == rows and not done and path.read_text() == whole
@@ -144,7 +145,7 @@ def trained(folder, out, monkeypatch, **changes):
         kept.append(train.train(lambda *given: steps.append(0) or step(*given), *args))
         return kept[-1]
 
-    monkeypatch.setattr(finetune_image, "train", watched)
+    monkeypatch.setattr(transfer, "train", watched)
     c = configured(folder, out, strategies=("gradual",), **changes)
     rows = finetune_image.run(c, Console(file=io.StringIO()))
     return kept, [{k: v for k, v in row.items() if k != "seconds"} for row in rows], len(steps)
