@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from covers import some
 from PIL import Image
 from rich.console import Console
 from test_cnn import TINY, tree
@@ -173,7 +174,7 @@ def whole(folder, tmp_path_factory):
         return trained(folder, tmp_path_factory.mktemp("whole"), patch, steps=STEPS)
 
 
-@pytest.mark.parametrize("stage,how", [(1, signal.SIGKILL), (2, signal.SIGKILL), (2, signal.SIGTERM)])
+@pytest.mark.parametrize("stage,how", some([(2, signal.SIGKILL), (1, signal.SIGKILL), (2, signal.SIGTERM)], 3))
 def test_a_run_that_is_stopped_goes_on_to_the_bit(stage, how, whole, folder, tmp_path, monkeypatch):
     """Within the stage where it was, its statistics too; and its checkpoints go when it is a row."""
     changes = {"resume": "auto", "every": 1, "steps": STEPS}
