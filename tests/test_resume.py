@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from covers import some
 from rich.console import Console
 
 import peftjax as pj
@@ -163,7 +164,7 @@ def test_sigterm_saves_and_ends_the_run(whole, tmp_path):
     goes_on_to(whole, tmp_path)
 
 
-@pytest.mark.parametrize("epoch", [1, EPOCHS])
+@pytest.mark.parametrize("epoch", some([EPOCHS, 1], 2))
 def test_sigterm_during_validation_saves_and_ends_the_run(epoch, whole, tmp_path):
     """After the batch in hand, of 0.2 s, not after all of them; and the epoch is judged when the run goes on."""
     process = started(tmp_path, steps=epoch * STEPS, judging=epoch * STEPS)
