@@ -1,7 +1,7 @@
 """The laws: what every method has to keep on every model.
 
     law_2("lora", "linen_dense")            # raises where the law is broken
-    python tests/laws.py [--write] [--models=A,B] [METHOD ...]   # all or some; the dated result in `laws_jax_0.10.md`
+    python tests/laws.py [--write] [--models=A,B] [METHOD ...]   # all or some; dated, in `laws_jax_*.md`
 
 Errors are max|difference| / max|reference|, at most 1e-5 in float32 and 2e-2 in bfloat16, against a float32 oracle; the
 trained fields are moved away from where they start, and no scale is 1.
@@ -898,8 +898,8 @@ WHEN = "when, jax"
 SAID = """# The laws, METHODS x MODELS
 
 `python tests/laws.py --write`. ok: every law that applies holds; a number: that law is broken; -: the method refuses the
-model, with the error that its row expects. Rows that were run by themselves (`--models=`) have a date of their own: a
-cell is as new as the later of the dates of its column and its row.
+model, with the error that its row expects; an empty cell has not been run. Rows that were run by themselves (`--models=`)
+have a date of their own: a cell is as new as the later of the dates of its column and its row.
 
 """
 
