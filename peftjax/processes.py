@@ -2,15 +2,13 @@
 
 import contextlib
 import json
-import os
-import re
 import socket
 import time
-from typing import Any, Iterator, Mapping
+from typing import Any, Iterator
 
 import jax
 
-SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")  # what a task is told
+from peftjax import clusters
 
 
 def join(
@@ -20,8 +18,8 @@ def join(
 
     Args:
       coordinator: "host:port" of process 0, reachable by all. None takes all three from SLURM, whose tasks are given one
-        GPU of their node each; without it JAX finds out by itself, as it can on Cloud TPU, and there is no roll call.
-        `processes` and `index` are then None, too.
+        GPU of their node each, or from Cloud TPU; elsewhere JAX finds out by itself what it can (MPI, Kubernetes), and
+        there is no roll call. `processes` and `index` are then None, too.
       processes: how many there are.
       index: of this one, from 0.
       timeout: seconds within which all have to be there.
@@ -32,10 +30,10 @@ def join(
     """
     gpus: list[int] | None = None  # all of the machine
     if coordinator is None:
-        if not set(SLURM) <= set(os.environ):
+        if (place := clusters.find()) is None:
             jax.distributed.initialize(initialization_timeout=int(timeout))
             return
-        (coordinator, processes, index), gpus = slurm(os.environ), [int(os.environ["SLURM_LOCALID"])]
+        coordinator, processes, index, gpus = place
     if processes is None or index is None or not 0 <= index < processes:
         raise ValueError(f"process {index} of {processes}: expected a number of processes, and an index below it")
     host, _, port = coordinator.rpartition(":")
@@ -51,29 +49,6 @@ def join(
     # what JAX would find out by itself under SLURM is one GPU a process, even for one that is alone on its node.
     late = int(max(60, timeout))
     jax.distributed.initialize(coordinator, processes, index, gpus, "deactivate", initialization_timeout=late)
-
-
-def slurm(told: Mapping[str, str]) -> tuple[str, int, int]:
-    """Where the tasks of a SLURM job meet, how many there are, and which one this is, from its variables.
-
-    They meet on the first node, at a port that the job's number gives, above those that systems hand out.
-
-    Raises:
-      ValueError: a variable that cannot be read.
-
-    Example:
-      >>> slurm({"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "gpu[03-05,9],x1", "SLURM_NTASKS": "4", "SLURM_PROCID": "2"})
-      ('gpu03:61447', 4, 2)
-    """
-    nodes = told["SLURM_STEP_NODELIST"]
-    first = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?([^\[,]*)", nodes)
-    if first is None or not all(told[name].isdigit() for name in ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_PROCID")):
-        raise ValueError(
-            f"SLURM says job {told['SLURM_JOB_ID']!r}, nodes {nodes!r}, task {told['SLURM_PROCID']!r} of "
-            f"{told['SLURM_NTASKS']!r}; expected numbers, and a list of nodes such as node[01-04]"
-        )
-    port = 2**16 - 2**12 + int(told["SLURM_JOB_ID"]) % 2**12
-    return f"{''.join(x or '' for x in first.groups())}:{port}", int(told["SLURM_NTASKS"]), int(told["SLURM_PROCID"])
 
 
 def _call(address: tuple[str, int], processes: int, timeout: float) -> dict[str, Any]:

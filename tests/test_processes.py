@@ -21,9 +21,11 @@ import peftjax as pj
 from experiments.batches import batches
 from experiments.interruption import Interrupted
 from experiments.train import Limits, arrays, train
-from peftjax.processes import SLURM, join, slurm
+from peftjax.clusters import SLURM
+from peftjax.processes import join
 from peftjax.runs import Runs
 from peftjax.sharding_rules import by_rules, make_mesh
+from test_clusters import serving
 
 pytestmark = pytest.mark.third_party  # optax's own promotions
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -234,22 +236,21 @@ def test_a_process_that_is_told_where_to_join_keeps_all_gpus_under_slurm():
     assert run(a_node, [(free_port(),)]) == {0: "all"}
 
 
-@pytest.mark.parametrize(
-    "nodes,first",
-    [
-        ("node001", "node001"),
-        ("node001,host2", "node001"),
-        ("n[001-015],h", "n001"),
-        ("n[001,007-015],h", "n001"),
-        ("n[3-4]-ib", "n3-ib"),
-        ("a-b[3],c", "a-b3"),
-    ],
-)
-def test_the_first_node_of_a_list(nodes, first):
-    told = {"SLURM_JOB_ID": "4097", "SLURM_STEP_NODELIST": nodes, "SLURM_NTASKS": "8", "SLURM_PROCID": "7"}
-    assert slurm(told) == (f"{first}:61441", 8, 7)
-    with pytest.raises(ValueError, match="task 'x' of '8'; expected numbers"):
-        slurm(told | {"SLURM_PROCID": "x"})
+def on_tpu(index, out):
+    """A worker of a slice of three as Cloud TPU starts it, of which two came."""
+    workers = {"agent-worker-number": str(index), "worker-network-endpoints": "localhost,localhost,localhost"}
+    with serving(workers) as server:
+        os.environ["GCE_METADATA_IP"] = server
+        os.environ.pop("TPU_SKIP_MDS_QUERY", None)  # JAX sets it where it finds no TPU
+        try:
+            join(timeout=3)
+        except TimeoutError as error:
+            out.put((index, str(error)))
+
+
+def test_the_roll_is_called_on_cloud_tpu_too():
+    found = run(on_tpu, [(k,) for k in (0, 2)])
+    assert set(found.values()) == {"of 3 processes, 1 did not join at localhost:8482 within 3 s"}
 
 
 def test_two_processes_of_one_number_are_refused():
