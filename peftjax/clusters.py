@@ -1,11 +1,12 @@
 """Where the processes of a run meet, how many there are and which one this is, as SLURM and Cloud TPU tell each of them."""
 
+import dataclasses
 import os
 import re
 import time
 import urllib.error
 import urllib.request
-from typing import Callable, Mapping, NamedTuple
+from typing import Callable, Mapping
 
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")  # what a task is told
 TPU_WORKERS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")  # either one, on a TPU node of Kubernetes
@@ -14,7 +15,8 @@ TPU_PORT = 8482  # the one that JAX itself takes there
 Ask = Callable[[str], "str | None"]
 
 
-class Place(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Process:
     """The place of a process in a run.
 
     Attributes:
@@ -30,7 +32,7 @@ class Place(NamedTuple):
     gpus: list[int] | None = None
 
 
-def find() -> Place | None:
+def find() -> Process | None:
     """The place of this process by its variables and, on a Cloud TPU machine, by what that tells; None elsewhere.
 
     Raises:
@@ -41,7 +43,7 @@ def find() -> Place | None:
     return cloud_tpu(os.environ, metadata)
 
 
-def slurm(told: Mapping[str, str]) -> Place:
+def slurm(told: Mapping[str, str]) -> Process:
     """The place of a task of a SLURM job, by its variables; each task has one GPU of its node.
 
     They meet on the first node, at a port that the job's number gives, above those that systems hand out.
@@ -52,7 +54,7 @@ def slurm(told: Mapping[str, str]) -> Place:
     Example:
       >>> job = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "gpu[03-05,9],x1", "SLURM_NTASKS": "4"}
       >>> slurm(job | {"SLURM_PROCID": "2", "SLURM_LOCALID": "0"})
-      Place(coordinator='gpu03:61447', processes=4, index=2, gpus=[0])
+      Process(coordinator='gpu03:61447', processes=4, index=2, gpus=[0])
     """
     nodes = told["SLURM_STEP_NODELIST"]
     first = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?([^\[,]*)", nodes)
@@ -64,10 +66,10 @@ def slurm(told: Mapping[str, str]) -> Place:
         )
     port = 2**16 - 2**12 + int(told["SLURM_JOB_ID"]) % 2**12
     host = "".join(x or "" for x in first.groups())
-    return Place(f"{host}:{port}", int(told["SLURM_NTASKS"]), int(told["SLURM_PROCID"]), [int(told["SLURM_LOCALID"])])
+    return Process(f"{host}:{port}", int(told["SLURM_NTASKS"]), int(told["SLURM_PROCID"]), [int(told["SLURM_LOCALID"])])
 
 
-def cloud_tpu(told: Mapping[str, str], ask: Ask) -> Place | None:
+def cloud_tpu(told: Mapping[str, str], ask: Ask) -> Process | None:
     """The place of a worker of Cloud TPU slices, which meet on the first worker of the first slice; None elsewhere.
 
     Args:
@@ -79,7 +81,7 @@ def cloud_tpu(told: Mapping[str, str], ask: Ask) -> Place | None:
 
     Example:
       >>> cloud_tpu({"TPU_WORKER_HOSTNAMES": "t0,t1", "TPU_WORKER_ID": "1"}, lambda name: None)
-      Place(coordinator='t0:8482', processes=2, index=1, gpus=None)
+      Process(coordinator='t0:8482', processes=2, index=1, gpus=None)
     """
     listed = next((told[name] for name in TPU_WORKERS if told.get(name)), None)
     on_nodes = listed is not None
@@ -96,7 +98,7 @@ def cloud_tpu(told: Mapping[str, str], ask: Ask) -> Place | None:
             f"Cloud TPU says worker {number!r} of {listed!r}, slice {k!r} of {n!r}; expected numbers, and a list of hosts"
         )
     first = (slices.get("MEGASCALE_COORDINATOR_ADDRESS") or hosts[0]).partition(":")[0]
-    return Place(f"{first}:{TPU_PORT}", len(hosts) * int(n), int(str(number)) + int(k) * len(hosts))
+    return Process(f"{first}:{TPU_PORT}", len(hosts) * int(n), int(str(number)) + int(k) * len(hosts))
 
 
 def metadata(name: str, tries: int = 6) -> str | None:

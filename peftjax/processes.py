@@ -30,10 +30,10 @@ def join(
     """
     gpus: list[int] | None = None  # all of the machine
     if coordinator is None:
-        if (place := clusters.find()) is None:
+        if (found := clusters.find()) is None:
             jax.distributed.initialize(initialization_timeout=int(timeout))
             return
-        coordinator, processes, index, gpus = place
+        coordinator, processes, index, gpus = found.coordinator, found.processes, found.index, found.gpus
     if processes is None or index is None or not 0 <= index < processes:
         raise ValueError(f"process {index} of {processes}: expected a number of processes, and an index below it")
     host, _, port = coordinator.rpartition(":")

@@ -1,4 +1,4 @@
-"""What SLURM and Cloud TPU tell a process of its place in a run."""
+"""What SLURM and Cloud TPU tell a process of its process in a run."""
 
 import contextlib
 import http.server
@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from peftjax import clusters
-from peftjax.clusters import Place, cloud_tpu, metadata, slurm
+from peftjax.clusters import Process, cloud_tpu, metadata, slurm
 
 JOB = {"SLURM_JOB_ID": "4097", "SLURM_STEP_NODELIST": "node1", "SLURM_NTASKS": "8"}
 TASK = JOB | {"SLURM_PROCID": "7", "SLURM_LOCALID": "3"}
@@ -65,7 +65,7 @@ def on_machine(monkeypatch, server):
     ],
 )
 def test_the_first_node_of_slurms_list(nodes, first):
-    assert slurm(TASK | {"SLURM_STEP_NODELIST": nodes}) == Place(f"{first}:61441", 8, 7, [3])
+    assert slurm(TASK | {"SLURM_STEP_NODELIST": nodes}) == Process(f"{first}:61441", 8, 7, [3])
 
 
 @pytest.mark.parametrize("name", ["SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_ID"])
@@ -75,22 +75,22 @@ def test_slurms_numbers_are_numbers(name):
 
 
 @pytest.mark.parametrize(
-    "told,attributes,place",
+    "told,attributes,process",
     [
-        (NODE, {}, Place("a:8482", 2, 1)),
-        (NODE, MACHINE, Place("a:8482", 2, 1)),
-        (NODE | {"TPU_PROCESS_ADDRESSES": "c:8476,d:8476,e:8476"}, {}, Place("c:8482", 3, 1)),
-        (NODE | SLICE, {}, Place("first:8482", 6, 5)),
-        ({}, MACHINE, Place("a:8482", 4, 1)),
-        ({}, MACHINE | {"worker-network-endpoints": "w:0:10.0.0.1,w:1:10.0.0.2"}, Place("10.0.0.1:8482", 2, 1)),
-        ({}, MACHINE | {"tpu-env": "".join(f"{k}: '{x}'\n" for k, x in SLICE.items())}, Place("first:8482", 12, 9)),
-        (SLICE, MACHINE, Place("first:8482", 12, 9)),
+        (NODE, {}, Process("a:8482", 2, 1)),
+        (NODE, MACHINE, Process("a:8482", 2, 1)),
+        (NODE | {"TPU_PROCESS_ADDRESSES": "c:8476,d:8476,e:8476"}, {}, Process("c:8482", 3, 1)),
+        (NODE | SLICE, {}, Process("first:8482", 6, 5)),
+        ({}, MACHINE, Process("a:8482", 4, 1)),
+        ({}, MACHINE | {"worker-network-endpoints": "w:0:10.0.0.1,w:1:10.0.0.2"}, Process("10.0.0.1:8482", 2, 1)),
+        ({}, MACHINE | {"tpu-env": "".join(f"{k}: '{x}'\n" for k, x in SLICE.items())}, Process("first:8482", 12, 9)),
+        (SLICE, MACHINE, Process("first:8482", 12, 9)),
         ({}, {"tpu-env": ""}, None),
         ({"TPU_WORKER_HOSTNAMES": ""}, {}, None),
     ],
 )
-def test_cloud_tpu(told, attributes, place):
-    assert cloud_tpu(told, attributes.get) == place
+def test_cloud_tpu(told, attributes, process):
+    assert cloud_tpu(told, attributes.get) == process
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_a_machines_attributes_are_asked_for(monkeypatch):
     with serving(MACHINE, busy=2) as server:
         on_machine(monkeypatch, server)
         assert metadata("agent-worker-number") == "1" and metadata("other") is None
-        assert clusters.find() == Place("a:8482", 4, 1)
+        assert clusters.find() == Process("a:8482", 4, 1)
         monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
         assert metadata("agent-worker-number") is None and clusters.find() is None
 
@@ -127,4 +127,4 @@ def test_a_server_that_stays_busy_is_left(monkeypatch):
 def test_slurm_goes_first(monkeypatch):
     for name, value in (TASK | NODE).items():
         monkeypatch.setenv(name, value)
-    assert clusters.find() == Place("node1:61441", 8, 7, [3])
+    assert clusters.find() == Process("node1:61441", 8, 7, [3])
