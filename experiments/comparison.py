@@ -2,7 +2,6 @@
 
 import base64
 import html
-import io
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
@@ -108,7 +107,7 @@ def write(results: Sequence[Result], folder: Path) -> list[Path]:
         made.append(folder / f"compare-{what}.png")
         figure.savefig(made[-1], dpi=110)
     made.append(folder / "compare.html")
-    made[-1].write_text(_page(results, figures))
+    made[-1].write_text(_page(results, dict(zip(figures, made))))
     return made
 
 
@@ -168,10 +167,8 @@ def _curves(results: Sequence[Result]) -> Figure:
     return figure
 
 
-def _page(results: Sequence[Result], figures: Mapping[str, Figure]) -> str:
-    parts = [
-        f"<h2>{html.escape(TITLES[what])}</h2>\n{_picture(figure, TITLES[what])}" for what, figure in figures.items()
-    ]
+def _page(results: Sequence[Result], pictures: Mapping[str, Path]) -> str:
+    parts = [f"<h2>{html.escape(TITLES[what])}</h2>\n{_picture(path, TITLES[what])}" for what, path in pictures.items()]
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Methods compared</title>
 <style>
@@ -198,7 +195,6 @@ def _html(shown: Table) -> str:
     return f"<table>\n<tr>{head}</tr>\n{body}\n</table>"
 
 
-def _picture(figure: Figure, title: str) -> str:
-    held = io.BytesIO()
-    figure.savefig(held, format="png", dpi=110)
-    return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{base64.b64encode(held.getvalue()).decode()}">'
+def _picture(path: Path, title: str) -> str:
+    held = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{held}">'

@@ -109,7 +109,13 @@ def test_a_comparison_is_not_done_twice(compared):
     assert again == results and " of " not in said.split("runs are in")[0].split("\n")[0]
 
 
-def test_runs_that_differ_in_rate_size_or_rows_have_their_own_folders(place, tmp_path):  # noqa: F811
+@pytest.fixture
+def unplotted(monkeypatch):
+    """Comparisons without pictures, which take longer than these runs."""
+    monkeypatch.setattr(comparison, "write", lambda results, folder: [])
+
+
+def test_runs_that_differ_in_rate_size_or_rows_have_their_own_folders(place, tmp_path, unplotted):  # noqa: F811
     """With checkpoints and logs no run goes on from another's state: the results are those without checkpoints."""
     small = {"methods": ("lora",), "out": str(tmp_path), "resume": "auto", "tensorboard": True}
     c = tiny(sweeping.get_config(), place, **small, rows=32, epochs=1, seeds=(0,))
@@ -133,7 +139,7 @@ def test_runs_that_differ_in_rate_size_or_rows_have_their_own_folders(place, tmp
     assert [one["correct"] for one in found] == [one["correct"] for one in alone]
 
 
-def test_a_file_that_changed_is_another_data_set(place, tmp_path):  # noqa: F811
+def test_a_file_that_changed_is_another_data_set(place, tmp_path, unplotted):  # noqa: F811
     """The same path with other labels: nothing of what was measured before is shown for it."""
     path, text = tmp_path / "own.csv", (place / "mine.csv").read_text()
     small = {"methods": ("head",), "baselines": ("words",), "rows": (96,), "passes": (1,), "seeds": (0,), "winners": ""}
@@ -183,7 +189,7 @@ def test_the_paired_difference():
         comparison.difference(mine[:1], theirs[1:])
 
 
-def test_a_baseline_that_cannot_be_computed_is_named(place, tmp_path):  # noqa: F811
+def test_a_baseline_that_cannot_be_computed_is_named(place, tmp_path, unplotted):  # noqa: F811
     lines = [f"{'xyz'[k % 3]} {'ab'[k % 2]},{('bad', 'good')[k % 2]}" for k in range(60)]
     (tmp_path / "short.csv").write_text("\n".join(["text,label", *lines]))
     small = {"methods": ("head",), "baselines": ("words",), "rows": (32,), "passes": (1,), "seeds": (0,), "winners": ""}
