@@ -28,7 +28,7 @@ def append(path: Path, config: Mapping[str, Any], results: Mapping[str, Any]) ->
             "kind": jax.devices()[0].device_kind,
             "count": jax.device_count(),
             "processes": jax.process_count(),
-            "cores": os.cpu_count(),
+            "cores": _cores(),
         },
         "config": dict(config),
         "results": dict(results),
@@ -37,6 +37,11 @@ def append(path: Path, config: Mapping[str, Any], results: Mapping[str, Any]) ->
     _mend(path)
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def _cores() -> int | None:
+    """How many cores this process may use: they are what its seconds were measured on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -1,6 +1,9 @@
 """Files of results: what a run that was killed left is mended, and every other row stays."""
 
 import json
+import os
+
+import pytest
 
 from experiments import record
 from experiments.ledger import Ledger
@@ -27,3 +30,15 @@ def test_a_ledger_finds_runs_by_their_settings(tmp_path):
     again = Ledger(path, 1)
     assert again.find({"rate": 0.1, "rows": (1, 2)}) == {"value": 3}
     assert again.find({"rate": 0.2, "rows": (1, 2)}) is None
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores are given to processes on Linux alone")
+def test_a_row_says_on_how_many_cores_it_was_measured(tmp_path):
+    allowed, path = os.sched_getaffinity(0), tmp_path / "results.jsonl"
+    try:
+        for some in (allowed, {min(allowed)}):
+            os.sched_setaffinity(0, some)
+            record.append(path, {}, {})
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert [row["device"]["cores"] for row in record.read(path)] == [len(allowed), 1]
