@@ -24,6 +24,7 @@ import pathlib
 import jax
 import pytest
 
+gc.set_threshold(50_000, 20, 50)  # tracing makes many objects, and few circles: a tenth of the time
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
