@@ -66,6 +66,19 @@ def batches(
     return grain.MapDataset.source(plan).map(lambda chosen: _batch(ids, columns, size, *chosen, part))
 
 
+def one_of_each(
+    ids: Sequence[Sequence[int]],
+    columns: Mapping[str, np.ndarray | PerToken],
+    size: int,
+    widths: Sequence[int],
+    share: tuple[int, int] = (0, 1),
+) -> list[Batch]:
+    """A batch of each width that `batches` of these arguments has: of one example, over and over."""
+    found, first = np.unique(np.searchsorted(widths, lengths_of(ids)), return_index=True)
+    part = slice(size * share[0] // share[1], size * (share[0] + 1) // share[1])
+    return [_batch(ids, columns, size, widths[w], np.array([k]), part) for w, k in zip(found, first)]
+
+
 def _plan(
     length: np.ndarray, size: int, widths: Sequence[int], rng: np.random.Generator | None
 ) -> list[tuple[int, np.ndarray]]:

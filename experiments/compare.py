@@ -2,7 +2,7 @@
 
 python experiments/compare.py
 python experiments/compare.py --quick
-python experiments/compare.py --config.methods=lora,full --config.rows=1000
+python experiments/compare.py --config.methods=lora,full --config.rows=1000 --config.passes=3
 
 Finished runs are lines of `compare.jsonl`; a second call does what is missing, and shows all.
 """
@@ -22,7 +22,7 @@ from absl import app, flags
 from rich.console import Console
 
 import peftjax as pj
-from experiments import assets, baselines, comparison, data, finetune, pages, recipes, tasks
+from experiments import assets, baselines, comparison, data, finetune, pages, recipes, report, running, sweep, tasks
 from experiments.data import Dataset, Rows
 from experiments.interruption import Interrupted
 from experiments.ledger import Ledger
@@ -77,9 +77,13 @@ def runs(c: ml_collections.ConfigDict) -> list[Run]:
         raise ValueError("baselines and methods are both empty; expected one at least")
     if unknown := [name for name in names if name not in (*BASELINES, *recipes.NAMES)]:
         raise ValueError(f"method {unknown[0]!r}; expected one of {', '.join((*BASELINES, *recipes.NAMES))}")
-    if len(c.passes) != len(c.rows):
-        raise ValueError(f"passes {tuple(c.passes)}: expected as many as rows {tuple(c.rows)}")
-    return [Run(name, n, seed) for seed, n, name in itertools.product(c.seeds, c.rows, names)]
+    if len(c.passes) not in (1, len(c.rows)) or min(c.passes) < 1:
+        raise ValueError(
+            f"passes {tuple(c.passes)} over rows {tuple(c.rows)}: expected a number for each, from 1, or one for all; set "
+            "--config.passes="
+        )
+    each = itertools.product(dict.fromkeys(c.seeds), dict.fromkeys(c.rows), dict.fromkeys(names))
+    return [Run(name, n, seed) for seed, n, name in each]
 
 
 def run(c: ml_collections.ConfigDict, console: Console) -> list[dict[str, Any]]:
@@ -101,7 +105,10 @@ def run(c: ml_collections.ConfigDict, console: Console) -> list[dict[str, Any]]:
             console.print(f"{n} of {len(todo)}: {one.method}, {one.rows:,} rows, seed {one.seed}")
             where = None if one.method in BASELINES else place(laid[one], "compare", one.rows, settings[one])
             ledger.add(settings[one], {**dataclasses.asdict(one), **lab.result(one, laid[one], where)})
-    results = [found for one in wanted if (found := ledger.find(settings[one])) is not None]
+            if where is not None:
+                running.forget(where.folder)
+    found = [row for one in wanted if (row := ledger.find(settings[one])) is not None]
+    results = report.finished(found, "method", console)
     console.print(comparison.table(results))
     places = comparison.write(results, Path(c.out))
     console.print(f"{len(results)} runs are in {ledger.path}; {', '.join(map(str, places))}")
@@ -117,7 +124,8 @@ def page(c: ml_collections.ConfigDict, one: Run) -> ml_collections.ConfigDict:
     if best is None:
         raise ValueError(f"{c.winners} has no winner of {one.method!r}; expected one: run experiments/sweep.py for it")
     made = Setting(one.method, best["rate"], best["size"]).laid(c, one.seed)
-    made.epochs = made.patience = dict(zip(c.rows, c.passes))[one.rows]
+    passes = itertools.cycle(c.passes) if len(c.passes) == 1 else c.passes
+    made.epochs = made.patience = dict(zip(c.rows, passes))[one.rows]
     return made
 
 
@@ -150,7 +158,10 @@ class Lab:
     def result(self, one: Run, c: ml_collections.ConfigDict, where: finetune.Place | None) -> dict[str, Any]:
         """What a run gives: which test rows it has right, its curves, the seconds of training, and what trained."""
         training = subset(self.data.train, one.rows, one.seed)
-        found = self._baseline(one, training) if where is None else self._trained(c, training, where)
+        try:
+            found = self._baseline(one, training) if where is None else self._trained(c, training, where)
+        except FloatingPointError as error:
+            return {"failed": str(error)}
         answers = found.pop("answers")
         correct = answers == self.test.labels
         found |= {
@@ -188,6 +199,13 @@ class Lab:
         return {"answers": found.answers, "seconds": found.seconds, "trainable": found.trainable}
 
 
+def unheeded(c: ml_collections.ConfigDict) -> dict[str, str]:
+    """The settings of a page that a comparison replaces, and what says them here."""
+    size = {f"{name}.{size}": "c.winners says it" for name, size in recipes.METHODS.items() if size}
+    won = {"rate": "c.winners says them", **size} if c.winners else {}
+    return {**sweep.REPLACED, "epochs": "c.passes says it", "patience": "the best of all c.passes is kept", **won}
+
+
 def quicken(c: ml_collections.ConfigDict, given: Iterable[str]) -> None:
     """Makes a page quick, but for the values that flags have given."""
     c.update({name: x for name, x in QUICK.items() if name not in given})
@@ -195,9 +213,11 @@ def quicken(c: ml_collections.ConfigDict, given: Iterable[str]) -> None:
 
 def main(_: list[str]) -> None:
     """Does the runs that the flags ask for."""
+    running.quiet()
     assets.keep_compiled()
     try:
         c = pages.read()
+        pages.refuse(unheeded(c))
         if flags.FLAGS.quick:
             quicken(c, flags.FLAGS["config"].override_values)
         run(c, Console())

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any, Mapping, Sequence
 
 import numpy as np
+import scipy.stats
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from rich import box
 from rich.table import Table
 
-from experiments.report import COLOURS, MARKS, Result, axes_of, groups, mean, named
+from experiments.report import BARS, COLOURS, MARKS, Result, axes_of, groups, mean, named, spread
 
 NAMES = {
     "words": "TF-IDF + logistic regression",
@@ -32,6 +33,7 @@ TITLES = {
     "rows": "Accuracy by training rows",
     "curves": "Training and validation, pass by pass",
 }
+TITLE = "Test accuracy, mean (deviation over seeds); points more than full fine-tuning (95 % interval)"
 
 
 def name(method: str) -> str:
@@ -44,11 +46,15 @@ def correct(one: Result) -> np.ndarray:
     return np.unpackbits(np.frombuffer(bytes.fromhex(one["correct"]), np.uint8))[: one["tested"]].astype(bool)
 
 
-def difference(mine: Sequence[Result], theirs: Sequence[Result]) -> tuple[float, float]:
-    """By how much one method is more accurate than another on the same test rows and seeds, and its standard error.
+def difference(mine: Sequence[Result], theirs: Sequence[Result]) -> tuple[float, float, float]:
+    """By how much one method is more accurate than another on the same test rows and seeds, with its 95 % interval.
 
     `d(row, seed)` is 1, 0 or -1. The error's square is that of the mean over rows of `d` averaged over seeds, and that of
-    the mean over seeds of `d` averaged over rows.
+    the mean over seeds of `d` averaged over rows; there are few seeds, so the interval is one of Student's t, with the
+    degrees of freedom of Welch and Satterthwaite. Of one seed, it is that of the rows alone.
+
+    Returns:
+      The difference, and the ends of the interval.
 
     Raises:
       ValueError: there is no seed that both have.
@@ -58,25 +64,27 @@ def difference(mine: Sequence[Result], theirs: Sequence[Result]) -> tuple[float,
     if not both:
         raise ValueError("no seed that both methods have")
     d = np.array([correct(a).astype(float) - correct(b) for a, b in both])
-    rows, seeds = d.mean(0), d.mean(1)
-    squared = rows.var(ddof=1) / len(rows) + (seeds.var(ddof=1) / len(seeds) if len(seeds) > 1 else 0.0)
-    return float(d.mean()), float(np.sqrt(squared))
+    parts = [(x.var(ddof=1) / len(x), len(x) - 1) for x in (d.mean(0), d.mean(1)) if len(x) > 1]
+    squared = sum(part for part, _ in parts)
+    if not squared:
+        return float(d.mean()), float(d.mean()), float(d.mean())
+    freedom = squared**2 / sum(part**2 / n for part, n in parts)
+    half = scipy.stats.t.ppf(0.975, freedom) * np.sqrt(squared)
+    return float(d.mean()), float(d.mean() - half), float(d.mean() + half)
 
 
 def table(results: Sequence[Result]) -> Table:
     """Per method: what trains, the seconds, the accuracy by the number of rows, and how far it is from full fine-tuning."""
     by, (methods, sizes) = groups(results, "method"), axes_of(results, "method")
-    shown = Table(title="Test accuracy, mean and deviation over seeds", box=box.MARKDOWN)
+    shown = Table(title=TITLE, box=box.MARKDOWN)
     shown.add_column("method")
     for column in ("trainable", *(f"{n:,} rows" for n in sizes), f"minus full ({sizes[-1]:,} rows)", "seconds"):
         shown.add_column(column, justify="right")
     for method in methods:
         last = by.get((method, sizes[-1]), [])
-        cells = [
-            "{:.3f} ({:.3f})".format(*mean(by[method, n], "accuracy")) if (method, n) in by else "-" for n in sizes
-        ]
-        trains = f"{next(one['trainable'] for one in results if one['method'] == method):,}"
-        shown.add_row(name(method), trains, *cells, _apart(last, by.get(("full", sizes[-1]), [])), _seconds(last))
+        cells = [spread(*mean(by[method, n], "accuracy")) if (method, n) in by else "-" for n in sizes]
+        trains = [by[method, n][0]["trainable"] for n in sizes if (method, n) in by][-1]  # TF-IDF has more of more rows
+        shown.add_row(name(method), f"{trains:,}", *cells, _apart(last, by.get(("full", sizes[-1]), [])), _seconds(last))
     return shown
 
 
@@ -84,9 +92,9 @@ def _apart(mine: Sequence[Result], full: Sequence[Result]) -> str:
     """The difference in points, with its 95 % interval."""
     if not mine or not full or mine[0]["method"] == "full":
         return "-"
-    much, error = difference(mine, full)
-    low, high = 100 * (much - 1.96 * error), 100 * (much + 1.96 * error)
-    return f"{100 * much:+.1f} ({low:+.1f} to {high:+.1f})"
+    much, low, high = (100 * x for x in difference(mine, full))
+    alone = "" if len(mine) > 1 else ", one seed"
+    return f"{much:+.1f} ({low:+.1f} to {high:+.1f}{alone})"
 
 
 def _seconds(results: Sequence[Result]) -> str:
@@ -100,8 +108,9 @@ def write(results: Sequence[Result], folder: Path) -> list[Path]:
         "parameters": _scatter(results, "trainable", "parameters that train"),
         "seconds": _scatter(results, "seconds", "seconds of training"),
         "rows": _by_rows(results),
-        "curves": _curves(results),
     }
+    if any("validation" in one for one in results):  # baselines have no passes
+        figures["curves"] = _curves(results)
     made = []
     for what, figure in figures.items():
         made.append(folder / f"compare-{what}.png")
@@ -122,8 +131,8 @@ def _scatter(results: Sequence[Result], value: str, label: str) -> Figure:
     for k, method in enumerate(methods):
         if not (some := by.get((method, sizes[-1]))):
             continue
-        (x, _), (y, spread) = mean(some, value), mean(some, "accuracy")
-        axis.errorbar([x], [y], [spread], capsize=3, linestyle="none", label=name(method), **_style(k))
+        (x, _), (y, bar) = mean(some, value), mean(some, "accuracy")
+        axis.errorbar([x], [y], [bar], capsize=3, linestyle="none", label=name(method), **_style(k))
     named(axis, label, f"test accuracy, {sizes[-1]:,} training rows")
     axis.xaxis.set_minor_formatter(NullFormatter())
     figure.legend(loc="outside right center", frameon=False)
@@ -136,8 +145,8 @@ def _by_rows(results: Sequence[Result]) -> Figure:
     axis = figure.subplots()
     for k, method in enumerate(methods):
         some = [n for n in sizes if (method, n) in by]
-        values, spread = np.transpose([mean(by[method, n], "accuracy") for n in some])
-        axis.errorbar(some, values, spread, capsize=3, label=name(method), linewidth=1.5, **_style(k))
+        values, bars = np.transpose([mean(by[method, n], "accuracy") for n in some])
+        axis.errorbar(some, values, bars, capsize=3, label=name(method), linewidth=1.5, **_style(k))
     named(axis, "training rows", "test accuracy")
     axis.set_xticks(sizes, [f"{n:,}" for n in sizes])
     axis.minorticks_off()
@@ -146,13 +155,13 @@ def _by_rows(results: Sequence[Result]) -> Figure:
 
 
 def _curves(results: Sequence[Result]) -> Figure:
-    by, (methods, sizes) = groups(results, "method"), axes_of(results, "method")
+    methods, went = axes_of(results, "method")[0], [one for one in results if "validation" in one]
+    by, sizes = groups(went, "method"), axes_of(went, "method")[1]
     figure = Figure(figsize=(11, 4 * len(sizes)), layout="constrained")
     panels = figure.subplots(len(sizes), 2, squeeze=False)
     for n, (losses, scores) in zip(sizes, panels):
         for k, method in enumerate(methods):
-            some = [one for one in by.get((method, n), []) if "validation" in one]
-            if not some:
+            if not (some := by.get((method, n))):
                 continue
             average = lambda what: np.mean([one[what] for one in some], 0)
             passes = np.arange(1, 1 + len(some[0]["validation"]))
@@ -163,7 +172,8 @@ def _curves(results: Sequence[Result]) -> Figure:
             named(axis, f"pass over {n:,} rows", what)
             axis.set_xscale("linear")
             axis.set_xticks(passes)
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    handles = {label: line for axis in panels[:, 0] for line, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles, loc="outside right center", frameon=False)
     return figure
 
 
@@ -180,7 +190,8 @@ img {{ max-width: 100% }}
 </style>
 <h1>Methods compared</h1>
 <p>Test accuracy: mean, and standard deviation over seeds in brackets. "Minus full": the difference from full fine-tuning
-on the same test rows and seeds, in points, with its 95 % interval.</p>
+on the same test rows and seeds, in points, with its 95 % interval. Seconds are those of training, without compiling.
+{BARS} Curves are means.</p>
 {_html(table(results))}
 {chr(10).join(parts)}
 </html>

@@ -30,14 +30,14 @@ from rich.console import Console
 import peftjax as pj
 from experiments import assets, data, display, pages, processes, recipes, record, running, tasks
 from experiments.baselines import Baseline, Baselines
-from experiments.batches import batches
+from experiments.batches import Batch, batches, one_of_each
 from experiments.data import Rows
 from experiments.interruption import Interrupted
 from experiments.models.bert import RULES
 from experiments.schedules import at_rate
 from experiments.tasks import Encoded, Result
 from experiments.text_model import ADAPTER, Page, TextModel
-from experiments.train import Check, Limits, Score, Trained, predict, train
+from experiments.train import Check, Limits, Score, Trained, arrays, predict, train
 
 
 def start(c: ml_collections.ConfigDict, console: Console) -> list[Result]:
@@ -174,11 +174,13 @@ def fit(
     console.print(f"{method.name} {c.method}: {pj.count(tuned)}")
     mesh, specs = running.laid(c, RULES, model.params)
     tx = optimizer(c, steps)
-    state = pj.train_state(tuned, tx, key=dropout, mesh=mesh, specs=specs)
+    begin = lambda: pj.train_state(tuned, tx, key=dropout, mesh=mesh, specs=specs)
     tools, same = {} if tools is None else tools, (repr(method), c.mesh, c.accumulate, c.decay, c.clip)
     if same not in tools:
         step = pj.make_train_step(model.apply, task.loss, tx, mesh, method=method, accumulate=c.accumulate)
         tools[same] = step, predict(model.apply, step, longest if task.per_token else None)
+        each = one_of_each(examples.ids, examples.columns, c.batch, model.widths, step.share)
+        _compile(step, begin(), each, console)
     step, run = tools[same]
     epoch = lambda number: plan(examples.ids, examples.columns, seed=(c.seed, number), share=step.share)
 
@@ -198,13 +200,25 @@ def fit(
         running.shown(c, console, where.folder, task.metric) as shown,
         running.checkpoints(c, where.folder, method, roles, where.settings) as runs,
     ):
-        trained = train(step, state, epoch, validate, Limits(c.epochs, c.patience), shown, runs, c.every)
+        trained = train(step, begin(), epoch, validate, Limits(c.epochs, c.patience), shown, runs, c.every)
 
     def answers(rows: Rows) -> np.ndarray:
         encoded = task.read_texts(model.tokens, rows.texts)
         return task.answers(outputs(trained.tuned, encoded), encoded)
 
-    return Fitted(trained, processes.whole(trained.tuned, tuned), method, answers)
+    own = processes.whole(trained.tuned, tuned)
+    if c.method == recipes.SCRATCH:  # what trained, which is all, over the parameters that are there to be read again
+        own = pj.insert(method.init(init, model.params, roles), pj.extract(own))
+    return Fitted(trained, own, method, answers)
+
+
+def _compile(step: pj.TrainStep, state: pj.TrainState, each: list[Batch], console: Console) -> None:
+    """Takes a step of each shape, and forgets it: the seconds of an epoch are then those of training."""
+    start = time.perf_counter()
+    for batch in each:
+        state, _ = step(state, arrays(batch))
+    jax.block_until_ready(state.step)
+    console.print(f"compiled {len(each)} steps, one for each length of a batch, in {time.perf_counter() - start:.0f} s")
 
 
 def folder_of_run(c: ml_collections.ConfigDict) -> Path:

@@ -58,8 +58,9 @@ def run(c: ml_collections.ConfigDict, console: Console) -> list[dict[str, Any]]:
         lab.check({one.strategy: None for one in missing})
         for one in missing:
             ledger.add(one.settings(c), lab.result(one))
-            one.forget(c)
-    results = [result for one in wanted if (result := ledger.find(one.settings(c))) is not None]
+            running.forget(one.folder(c))
+    found = [result for one in wanted if (result := ledger.find(one.settings(c))) is not None]
+    results = report.finished(found, "strategy", console)
     console.print(report.table(results))
     picture = report.plot(results, path.with_suffix(".png"))
     console.print(f"{len(results)} runs are in {path}, and a plot of them in {picture}")
@@ -67,7 +68,7 @@ def run(c: ml_collections.ConfigDict, console: Console) -> list[dict[str, Any]]:
 
 
 def completed(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The page with the network's own targets where it names none.
+    """The page with the network's own targets where it names none, and with what a folder of images holds.
 
     Raises:
       ValueError: a network that is not known.
@@ -75,6 +76,7 @@ def completed(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     if c.model not in vision.NETS:
         raise ValueError(f"model {c.model!r}; expected one of {', '.join(vision.NETS)}")
     c = ml_collections.ConfigDict(c.to_dict())
+    c.update(images.digest(c.data))
     c.lora.targets = c.lora.targets or vision.NETS[c.model].lora
     c.adapter.targets = c.adapter.targets or vision.NETS[c.model].adapters
     return c
@@ -104,10 +106,13 @@ def runs(c: ml_collections.ConfigDict) -> list[Run]:
       ValueError: a strategy that is not known.
     """
     check_numbers(c, "rows", "seeds")
+    if c.checks < 1:
+        raise ValueError(f"checks {c.checks}; expected 1 at least")
     names = listed(c.strategies)
     if unknown := [name for name in names if name not in (*STRATEGIES, PROBE)]:
         raise ValueError(f"strategy {unknown[0]!r}; expected one of {', '.join((PROBE, *STRATEGIES))}")
-    return [Run(how, n, seed) for seed, n, how in itertools.product(c.seeds, c.rows, names)]
+    each = itertools.product(dict.fromkeys(c.seeds), dict.fromkeys(c.rows), dict.fromkeys(names))
+    return [Run(how, n, seed) for seed, n, how in each]
 
 
 def main(_: list[str]) -> None:

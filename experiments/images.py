@@ -1,6 +1,7 @@
 """Labelled images: the digits, any tensorflow-datasets data set of images, or a folder of one's own."""
 
 import dataclasses
+import hashlib
 import re
 from pathlib import Path
 from typing import Any, Iterable, Sequence
@@ -58,9 +59,18 @@ def load(name: str, size: int, image: str = "image", label: str = "label") -> Da
     return cut({split: _stacked(f"{name}, {split}", *columns, size) for split, columns in found.items()}, names)
 
 
+def digest(name: str) -> dict[str, str]:
+    """What a folder of images holds, as a SHA-256 of its files and their places; nothing of other names."""
+    if not Path(name).is_dir():
+        return {}
+    made = hashlib.sha256()
+    for path in sorted(path for path in Path(name).rglob("*") if path.is_file()):
+        made.update(f"{path.relative_to(name)}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return {"digest": made.hexdigest()}
+
+
 def _folder(folder: Path, size: int) -> tuple[dict[str, Images], tuple[str, ...]]:
-    splits = {split: folder / split for split in SPLITS if (folder / split).is_dir()}
-    splits = splits if "train" in splits else {"train": folder}
+    splits = _splits(folder)
     names = tuple(sorted(place.name for place in splits["train"].iterdir() if place.is_dir()))
     if len(names) < 2:
         raise ValueError(
@@ -76,8 +86,30 @@ def _folder(folder: Path, size: int) -> tuple[dict[str, Images], tuple[str, ...]
     return made, names
 
 
+def _splits(folder: Path) -> dict[str, Path]:
+    """The folders of the splits, or the whole one as that of training."""
+    inside = {path.name: path for path in _visible(folder) if path.is_dir()}
+    if not set(SPLITS) & set(inside):
+        return {"train": folder}
+    if "train" not in inside or set(inside) - set(SPLITS):
+        raise ValueError(
+            f"{folder} holds the folders {', '.join(inside)}; expected train, and of validation and test those that there are"
+        )
+    return {split: inside[split] for split in SPLITS if split in inside}
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
 def _files(folder: Path) -> list[Path]:
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    """The images of a class; whatever else is there would be left out without a word."""
+    found = _visible(folder)
+    if others := [path.name for path in found if path.suffix.lower() not in SUFFIXES or not path.is_file()]:
+        raise ValueError(
+            f"{folder} holds {others[0]}{f' and {len(others) - 1} more' if others[1:] else ''}; expected images alone, "
+            f"files that end in {', '.join(SUFFIXES)}"
+        )
     if not found:
         raise ValueError(f"{folder} holds no image; expected files that end in {', '.join(SUFFIXES)}")
     return found
@@ -91,7 +123,7 @@ def _opened(path: Path, size: int) -> np.ndarray:
                     f"{path} has {len(image.getbands())} channels ({image.mode}); expected 1 (grey) or 3 (RGB), of 8 bits"
                 )
             image.draft(MODES[image.mode], (size, size))
-            return _fitted(image.convert(MODES[image.mode]), size)
+            return _fitted(ImageOps.exif_transpose(image).convert(MODES[image.mode]), size)
     except (UnidentifiedImageError, OSError) as error:
         raise ValueError(f"{path} is no image that can be read: {error}") from error
 

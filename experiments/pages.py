@@ -2,7 +2,7 @@
 
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import Any, Mapping
 
 import ml_collections
 from absl import flags
@@ -39,6 +39,19 @@ def read(values: flags.FlagValues = flags.FLAGS) -> ml_collections.ConfigDict:
             raise ValueError(f"--config.{path}: the page has no such setting{nearest}")
     flag.value.lock()
     return flag.value
+
+
+def refuse(replaced: Mapping[str, str], values: flags.FlagValues = flags.FLAGS) -> None:
+    """Raises for a flag that a script would not heed.
+
+    Args:
+      replaced: settings, or blocks of them, and why they say nothing.
+      values: where the flags are.
+    """
+    for path in values["config"].override_values:
+        for name, why in replaced.items():
+            if path == name or path.startswith(f"{name}."):
+                raise ValueError(f"--config.{path}= would change nothing here: {why}")
 
 
 def listed(names: Any) -> list[str]:

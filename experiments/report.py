@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#999999")  # Okabe and Ito
@@ -21,7 +22,22 @@ NAMES = {
     "gradual": "gradual unfreezing",
     "scratch": "from scratch",
 }
+BARS = "Points are means over seeds, bars their standard deviation."
 Result = dict[str, Any]
+
+
+def finished(found: Sequence[Result], what: str, console: Console) -> list[Result]:
+    """The results of runs that came to their end; says which did not, and why.
+
+    Raises:
+      ValueError: not one did.
+    """
+    for one in found:
+        if "failed" in one:
+            console.print(f"left out: {one[what]}, {one['rows']:,} rows, seed {one['seed']}: {one['failed']}")
+    if not (good := [one for one in found if "failed" not in one]):
+        raise ValueError("not one of these runs came to its end")
+    return good
 
 
 def groups(results: Sequence[Result], what: str = "strategy") -> dict[tuple[str, int], list[Result]]:
@@ -33,9 +49,15 @@ def groups(results: Sequence[Result], what: str = "strategy") -> dict[tuple[str,
 
 
 def mean(results: Sequence[Result], name: str) -> tuple[float, float]:
-    """The mean of a number over seeds, and its standard deviation; "gap" is training minus validation accuracy."""
+    """The mean of a number over seeds, and its standard deviation, NaN of one seed; "gap" is training minus validation
+    accuracy."""
     values = [one["training"] - one["validation"] if name == "gap" else one[name] for one in results]
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
+
+
+def spread(value: float, deviation: float) -> str:
+    """A number and, where there is one, its deviation over seeds."""
+    return f"{value:.3f}" if np.isnan(deviation) else f"{value:.3f} ({deviation:.3f})"
 
 
 def axes_of(results: Sequence[Result], what: str = "strategy") -> tuple[list[str], list[int]]:
@@ -62,8 +84,8 @@ def table(results: Sequence[Result]) -> Table:
 
 
 def _cell(results: Sequence[Result]) -> str:
-    (accuracy, spread), (gap, _), (seconds, _) = (mean(results, name) for name in ("test", "gap", "seconds"))
-    return f"{accuracy:.3f} ({spread:.3f}) / {gap:+.3f} / {seconds:.0f} s"
+    (gap, _), (seconds, _) = (mean(results, name) for name in ("gap", "seconds"))
+    return f"{spread(*mean(results, 'test'))} / {gap:+.3f} / {seconds:.0f} s"
 
 
 def plot(results: Sequence[Result], path: Path) -> Path:
@@ -75,11 +97,11 @@ def plot(results: Sequence[Result], path: Path) -> Path:
         style = {"color": COLOURS[k % 8], "marker": MARKS[k % 8], "label": NAMES[how], "capsize": 3, "linewidth": 1.5}
         some = [n for n in sizes if (how, n) in by]
         for axis, name in zip((axes[0, 0], axes[0, 1], axes[1, 0]), ("test", "gap", "seconds")):
-            values, spread = np.transpose([mean(by[how, n], name) for n in some])
-            axis.errorbar(some, values, spread, **style)
+            values, bars = np.transpose([mean(by[how, n], name) for n in some])
+            axis.errorbar(some, values, bars, **style)
         last = by[how, some[-1]]
-        accuracy, spread = mean(last, "test")
-        axes[1, 1].errorbar([last[0]["trainable"]], [accuracy], [spread], **style)
+        accuracy, bar = mean(last, "test")
+        axes[1, 1].errorbar([last[0]["trainable"]], [accuracy], [bar], **style)
     for axis, name in zip(
         (axes[0, 0], axes[0, 1], axes[1, 0]), ("test accuracy", "training minus validation", "seconds")
     ):
@@ -89,6 +111,7 @@ def plot(results: Sequence[Result], path: Path) -> Path:
     axes[1, 0].set_ylim(bottom=0)
     axes[0, 1].axhline(0, color="#bbbbbb", linewidth=1, zorder=0)
     named(axes[1, 1], "parameters that train", f"test accuracy, {sizes[-1]:,} images")
+    figure.supxlabel(BARS, fontsize="small")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -1,6 +1,7 @@
 """What the training scripts take alike from a page: a mesh, checkpoints to go on from, and places where a run is shown."""
 
 import contextlib
+import shutil
 from pathlib import Path
 from typing import Any, Iterator, Mapping
 
@@ -56,6 +57,15 @@ def shown(c: ml_collections.ConfigDict, console: Console, folder: Path, metric: 
         if c.profile:
             places.append(logs.Profile(folder / "profile", c.profile))
         yield logs.Together([stack.enter_context(place) for place in places])
+
+
+def forget(folder: Path) -> None:
+    """Deletes the checkpoints of a run: once it is a row of the results, nobody goes on from them. Logs stay."""
+    for place in list(folder.glob(f"**/{CHECKPOINTS}")):
+        shutil.rmtree(place)
+        for above in (place.parent, folder):
+            if above.is_dir() and not any(above.iterdir()):
+                above.rmdir()
 
 
 def checkpoints(

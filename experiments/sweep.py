@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 import peftjax as pj
-from experiments import assets, data, finetune, pages, recipes, tasks
+from experiments import assets, data, finetune, pages, recipes, running, tasks
 from experiments.data import Rows
 from experiments.interruption import Interrupted
 from experiments.ledger import Ledger
@@ -31,6 +31,11 @@ from experiments.text_model import Page, TextModel
 
 VERSION = 1
 UNSAID = {"data": "reviews", "model": "minilm", "task": "classify"}  # of winners that do not say of what they are
+REPLACED = {
+    "method": "c.methods says it",
+    "seed": "c.seeds says it",
+    "join": "one process does all runs; expected none",
+}
 FREE = ("methods", "seeds", "tries", "rates", "sizes", "out", "resume", "every", "tensorboard", "profile")
 
 
@@ -58,11 +63,13 @@ def settings(c: ml_collections.ConfigDict) -> list[Setting]:
       ValueError: a method that is not known, or for which there is no learning rate, or seeds that are no numbers.
     """
     check_numbers(c, "seeds")
+    if c.epochs < 1:
+        raise ValueError(f"epochs {c.epochs}; expected 1 at least")
     made: list[Setting] = []
-    for method in listed(c.methods):
+    for method in dict.fromkeys(listed(c.methods)):
         if method not in recipes.NAMES or not c.rates.get(method):
             raise ValueError(
-                f"method {method!r}; expected one of {', '.join(recipes.NAMES)}, with rates to try in c.rates"
+                f"method {method!r}; expected one of {', '.join(recipes.NAMES)}, with rates to try: --config.rates.{method}="
             )
         each = [Setting(method, *x) for x in itertools.product(c.rates[method], c.sizes.get(method, (None,)))]
         order = np.random.default_rng(0).permutation(len(each))[: c.tries] if c.tries else range(len(each))
@@ -90,6 +97,12 @@ def place(c: ml_collections.ConfigDict, script: str, rows: int, key: Mapping[str
     sized = "" if size is None else f"-{size}{c[c.method].get(size)}"
     usual = finetune.folder_of_run(c)
     return finetune.Place(usual.parent / script / f"{usual.name}{sized}-rate{c.rate[c.method]:g}-rows{rows}", key)
+
+
+def unheeded(c: ml_collections.ConfigDict) -> dict[str, str]:
+    """The settings of a page that a sweep replaces, and what says them here."""
+    sizes = {f"{name}.{recipes.METHODS[name]}": "c.sizes says it" for name in c.sizes}
+    return {**REPLACED, "rate": "c.rates says them", **sizes}
 
 
 def run(c: ml_collections.ConfigDict, console: Console) -> dict[str, Any]:
@@ -126,33 +139,43 @@ def run(c: ml_collections.ConfigDict, console: Console) -> dict[str, Any]:
                 "seconds": sum(progress.seconds),
             }
         except FloatingPointError as error:
-            found = {"value": 0.0, "failed": str(error)}
+            found = {"value": None, "failed": str(error)}
         ledger.add(keys[one, seed], found)
-    values = {one: [ledger.find(keys[one, seed])["value"] for seed in c.seeds] for one in tried}
+        running.forget(where.folder)
+    values = {one: [_value(ledger.find(keys[one, seed])) for seed in dict.fromkeys(c.seeds)] for one in tried}
     best = {method: {**x, "rows": c.rows} for method, x in winners(values).items()}
     merged = {**read_winners(path, c), **best} if path.is_file() else best
-    path.write_text(json.dumps({"version": VERSION, **origin(c), "methods": merged}, indent=1) + "\n")
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps({"version": VERSION, **origin(c), "methods": merged}, indent=1) + "\n")
+    part.replace(path)
     console.print(table(best))
     console.print(f"the winners are in {path}")
     return best
 
 
+def _value(found: Mapping[str, Any] | None) -> float:
+    """What a run was worth: one that came to no end, less than any other."""
+    return -np.inf if found is None or found["value"] is None else found["value"]
+
+
 def winners(values: Mapping[Setting, list[float]]) -> dict[str, dict[str, Any]]:
     """The setting of each method with the largest mean over seeds; the smaller rate where two are equal.
 
-    With it: its mean, the standard deviation over seeds, and the least and the most mean of all that was tried.
+    With it: its mean, the standard deviation over seeds, None of one, and the least and the most mean of all that was
+    tried and came to its end. A method of which nothing did has no winner.
     """
     made = {}
     for method in dict.fromkeys(one.method for one in values):
         means = {one: float(np.mean(x)) for one, x in values.items() if one.method == method}
         best = max(means, key=lambda one: (means[one], -one.rate))
-        spread = float(np.std(values[best], ddof=1)) if len(values[best]) > 1 else 0.0
+        if np.isinf(means[best]):
+            continue
         made[method] = {
             "rate": best.rate,
             "size": best.size,
             "value": means[best],
-            "deviation": spread,
-            "least": min(means.values()),
+            "deviation": float(np.std(values[best], ddof=1)) if len(values[best]) > 1 else None,
+            "least": min(filter(np.isfinite, means.values())),
             "most": max(means.values()),
             "tried": len(means),
         }
@@ -195,14 +218,14 @@ def table(best: Mapping[str, Mapping[str, Any]]) -> Table:
     """The winners side by side."""
     shown = Table(title="Best on validation, and what the learning rate and the size are worth")
     shown.add_column("method")
-    for name in ("rate", "size", "best", "over seeds", "worst tried", "tried"):
+    for name in ("rate", "size", "best", "its deviation over seeds", "worst tried", "tried"):
         shown.add_column(name, justify="right")
     for method, x in best.items():
         cells = (
             f"{x['rate']:g}",
             str(x["size"] or "-"),
             f"{x['value']:.3f}",
-            f"± {x['deviation']:.3f}",
+            "-" if x["deviation"] is None else f"{x['deviation']:.3f}",
             f"{x['least']:.3f}",
         )
         shown.add_row(method, *cells, str(x["tried"]))
@@ -211,9 +234,12 @@ def table(best: Mapping[str, Mapping[str, Any]]) -> Table:
 
 def main(_: list[str]) -> None:
     """Does the runs that the flags ask for."""
+    running.quiet()
     assets.keep_compiled()
     try:
-        run(pages.read(), Console())
+        c = pages.read()
+        pages.refuse(unheeded(c))
+        run(c, Console())
     except (ValueError, assets.Missing, Interrupted) as error:
         raise SystemExit(f"sweep: {error}") from error
 

@@ -46,7 +46,7 @@ class Progress:
       scores: on the validation rows, per finished epoch.
       losses: on the training rows, per epoch: the mean over its steps so far but those left out; NaN without any.
       skipped: per epoch, how many of its steps so far were left out, for a loss or a gradient that was not finite.
-      seconds: per epoch, compilation included, validation not.
+      seconds: per epoch, of its steps and of reading its batches, validation not included.
       best: the number of the best finished epoch; 0 for none.
     """
 

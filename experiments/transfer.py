@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import io
-import shutil
 import time
 from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
@@ -58,14 +57,6 @@ class Run:
     def folder(self, c: ml_collections.ConfigDict) -> Path:
         """Where it keeps checkpoints and logs."""
         return Path(c.out) / f"{Path(c.data).stem}-{self.strategy}-{self.rows}-seed{self.seed}"
-
-    def forget(self, c: ml_collections.ConfigDict) -> None:
-        """Deletes its checkpoints: once it is a row of the results, nobody goes on from them."""
-        for place in list(self.folder(c).glob(f"**/{running.CHECKPOINTS}")):
-            shutil.rmtree(place)
-            for folder in (place.parent, self.folder(c)):  # of the stage, and of the run, unless there are logs
-                if folder.is_dir() and not any(folder.iterdir()):
-                    folder.rmdir()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +115,10 @@ class Lab:
         self.console.print(f"{one.strategy}, {one.rows:,} images, seed {one.seed}")
         order = np.random.default_rng(one.seed).permutation(len(self.data.train))
         training = self.data.train[order[: one.rows]]
-        result = (self._probed if one.strategy == PROBE else self._trained)(one, training)
+        try:
+            result = (self._probed if one.strategy == PROBE else self._trained)(one, training)
+        except FloatingPointError as error:
+            result = {"failed": str(error)}
         shown = {name: f"{value:.3f}" if isinstance(value, float) else value for name, value in result.items()}
         self.console.print("  " + ", ".join(f"{name} {value}" for name, value in shown.items()), highlight=False)
         return {**dataclasses.asdict(one), **result}

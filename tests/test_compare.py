@@ -2,10 +2,12 @@
 
 import io
 import json
+import re
 
 import jax
 import numpy as np
 import pytest
+import scipy.stats
 from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
@@ -91,6 +93,8 @@ def test_a_comparison(compared):
         assert part in said
     lora = [one for one in results if one["method"] == "lora" and one["rows"] == 96]
     assert all(comparison.correct(one).mean() == one["accuracy"] and len(one["validation"]) == 2 for one in lora)
+    kept = [json.loads(x)["config"] for x in open(f"{c.out}/compare.jsonl")]
+    assert {(one["rate"], one["lora"]["rank"]) for one in kept if one.get("method") == "lora" and "lora" in one} == {(3e-2, 2)}
     folder = compare.Path(c.out)
     for what in ("parameters", "seconds", "rows", "curves"):
         assert (folder / f"compare-{what}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -115,7 +119,7 @@ def unplotted(monkeypatch):
     monkeypatch.setattr(comparison, "write", lambda results, folder: [])
 
 
-def test_runs_that_differ_in_rate_size_or_rows_have_their_own_folders(place, tmp_path, unplotted):  # noqa: F811
+def test_runs_that_differ_in_rate_size_or_rows_have_their_own_folders(place, tmp_path, unplotted, monkeypatch):  # noqa: F811
     """With checkpoints and logs no run goes on from another's state: the results are those without checkpoints."""
     small = {"methods": ("lora",), "out": str(tmp_path), "resume": "auto", "tensorboard": True}
     c = tiny(sweeping.get_config(), place, **small, rows=32, epochs=1, seeds=(0,))
@@ -127,9 +131,12 @@ def test_runs_that_differ_in_rate_size_or_rows_have_their_own_folders(place, tmp
     assert all(len(list((tmp_path / "sweep" / name / "tensorboard").iterdir())) == 1 for name in names)
     c = tiny(comparing.get_config(), place, **small, baselines=("words",), rows=(32, 96), passes=(3, 3), seeds=(0,))
     c.winners, c.rate.lora = "", 3e-2
-    found = printed(compare.run, c)[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(compare.running, "forget", lambda folder: None)
+        found = printed(compare.run, c)[0]
     names = {f"mine-lora-seed0-rank8-rate0.03-rows{n}" for n in (32, 96)}
     assert {folder.name for folder in (tmp_path / "compare").iterdir()} == names
+    assert not list((tmp_path / "sweep").rglob("checkpoints"))  # nobody goes on from runs that are rows
     (tmp_path / "compare.jsonl").unlink()  # as if they had been killed just before their rows were written
     again = printed(compare.run, c)[0]
     ours = lambda results: [(one["correct"], one["seconds"]) for one in results if one["method"] == "lora"]
@@ -183,8 +190,14 @@ def test_the_paired_difference():
     made = lambda seed, bits: {"seed": seed, "correct": packed(bits), "tested": 4}
     mine, theirs = [made(0, [1, 1, 0, 1]), made(1, [1, 1, 1, 1])], [made(0, [1, 0, 0, 1]), made(1, [1, 1, 0, 0])]
     # d: (0, 1, 0, 0) and (0, 0, 1, 1). By row 0, 1/2, 1/2, 1/2: variance 1/16. By seed 1/4, 1/2: variance 1/32.
-    much, error = comparison.difference(mine, theirs)
-    assert much == pytest.approx(3 / 8) and error == pytest.approx(np.sqrt(1 / 16 / 4 + 1 / 32 / 2))
+    much, low, high = comparison.difference(mine, theirs)
+    rows, seeds = 1 / 16 / 4, 1 / 32 / 2
+    freedom = (rows + seeds) ** 2 / (rows**2 / 3 + seeds**2 / 1)
+    half = scipy.stats.t.ppf(0.975, freedom) * np.sqrt(rows + seeds)
+    assert (much, low, high) == pytest.approx((3 / 8, 3 / 8 - half, 3 / 8 + half))
+    much, low, high = comparison.difference(mine[:1], theirs[:1])  # 0, 1, 0, 0: the rows alone, with three degrees
+    assert (much, low) == pytest.approx((1 / 4, 1 / 4 - 3.18244630528 * np.sqrt(1 / 4 / 4)))
+    assert comparison.difference(mine, mine) == (0, 0, 0)
     with pytest.raises(ValueError, match="no seed that both methods have"):
         comparison.difference(mine[:1], theirs[1:])
 
@@ -202,13 +215,54 @@ def test_a_baseline_that_cannot_be_computed_is_named(place, tmp_path, unplotted)
     assert [one["method"] for one in printed(compare.run, c)[0]] == ["head"]
 
 
+def test_runs_that_come_to_no_end_are_left_out(place, tmp_path):  # noqa: F811
+    """Those behind them are done; scratch begins without pretraining; of one seed there is no deviation."""
+    small = {"methods": ("lora", "scratch"), "baselines": ("words",), "rows": (32, 64), "passes": (3,), "seeds": (0, 0)}
+    c = tiny(comparing.get_config(), place, winners="", **small)
+    c.rate.lora = float("nan")
+    c.update({"out": str(tmp_path)})
+    results, said = printed(compare.run, c)
+    assert [(one["method"], one["rows"]) for one in results] == [(m, n) for n in (32, 64) for m in ("words", "scratch")]
+    assert "left out: lora, 64 rows, seed 0: 5 steps in a row" in said and "(0.000)" not in said
+    words = {one["rows"]: one["trainable"] for one in results if one["method"] == "words"}
+    assert words[32] < words[64] and re.search(rf"TF-IDF \+ logistic regression *\| +{words[64]} \|", said)
+    c.methods, c.baselines = ("",), ("words",)
+    assert len(printed(compare.run, c)[0]) == 2  # without curves
+    c.methods, c.baselines, c.rows = ("lora",), (), (64,)
+    with pytest.raises(ValueError, match="not one of these runs came to its end"):
+        printed(compare.run, c)
+    assert sweep.winners({sweep.Setting("lora", 0.1, 8): [-np.inf], sweep.Setting("head", 0.1, None): [0.5]}) == {
+        "head": {"rate": 0.1, "size": None, "value": 0.5, "deviation": None, "least": 0.5, "most": 0.5, "tried": 1}
+    }
+
+
+def test_compiling_is_not_among_the_seconds(place, monkeypatch):  # noqa: F811
+    """Every step that a run takes has been compiled when its clock begins."""
+    seen, whole = [], sweep.finetune.train
+
+    def train(step, *given):
+        compiled = lambda: [run._cache_size() for run in step._jitted.values()]
+        before, made = compiled(), whole(step, *given)
+        seen.append((before, compiled()))
+        return made
+
+    monkeypatch.setattr(sweep.finetune, "train", train)
+    c = tiny(comparing.get_config(), place, method="lora", fixed=False, epochs=1, patience=1)
+    task, rows = compare.tasks.read(c)
+    model = sweep.TextModel(sweep.Page(c.model, c.pool, c.length, c.fixed, task), c.dropout)
+    printed(lambda c, console: sweep.finetune.fit(c, model, rows.train, rows.validation, console), c)
+    ((before, after),) = seen
+    assert before == after and before[0] > 1
+
+
 def test_says_what_is_wrong(compared, tmp_path):
     c = compared[0]
     wrong = lambda **changes: tiny(comparing.get_config(), sweep.Path(c.out).parent, winners=c.winners, **changes)
     for changes, words in (
         ({"methods": ("lorra",)}, "method 'lorra'; expected one of words, probe, lora"),
         ({"task": "regress"}, "task 'regress': methods are compared on 'classify'"),
-        ({"passes": (1,)}, r"passes \(1,\): expected as many as rows \(250, 1000, 3000\)"),
+        ({"passes": (1, 2)}, r"passes \(1, 2\) over rows \(250, 1000, 3000\): expected a number for each, from 1, or one"),
+        ({"passes": (0,)}, "expected a number for each, from 1"),
         ({"methods": ("dora",)}, "has no winner of 'dora'; expected one: run experiments/sweep.py for it"),
     ):
         with pytest.raises(ValueError, match=words):

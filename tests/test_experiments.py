@@ -158,6 +158,20 @@ def test_full_fine_tuning(finished, place):
     assert profile.read_bytes().count(b"jit_advance") >= 2
 
 
+def test_a_network_without_pretraining_is_saved_as_one_that_was_tuned(place, tmp_path):
+    """It begins elsewhere, and is read again over the weights that everyone has."""
+    c = configured(place, method="scratch", epochs=2, out=str(tmp_path))
+    finetune.run(c, Console(file=io.StringIO()))
+    rows = data.load(str(place / "mine.csv"))
+    model = text_model.TextModel(text_model.read(tmp_path / "mine-scratch-seed0"), c.dropout)
+    fitted = finetune.fit(c, model, rows.train, rows.validation, Console(file=io.StringIO()))
+    tuned = pj.load(tmp_path / "mine-scratch-seed0" / "adapter", model.params)
+    for name, x in pj.extract(tuned).items():
+        np.testing.assert_array_equal(x, pj.extract(fitted.trained.tuned)[name])
+    assert all(x is y for x, y in zip(jax.tree.leaves(pj.strip(fitted.tuned)), jax.tree.leaves(model.params)))
+    assert len(predict.said(tmp_path / "mine-scratch-seed0", ["fine"])) == 1
+
+
 def test_a_profile_of_steps_that_never_came_says_so(tmp_path):
     with pytest.warns(UserWarning, match="no profile was written: step 10"), logs.Profile(tmp_path, "10:13") as profile:
         profile.step(12, 0.0, 1.0)

@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from experiments import assets, catalogue, data, reviews
-from experiments.batches import batches, lengths
+from experiments.batches import batches, lengths, one_of_each
 from experiments.columns import Picked, Texts
 from experiments.tokens import Tokens
 
@@ -504,6 +504,16 @@ def test_a_batch_reads_the_texts_of_its_part_when_it_is_made(tmp_path):
         np.testing.assert_array_equal(part["mask"].sum(1), ids.lengths[part["index"]])
     some = Picked(Texts(rows, "t"), np.array([2, 0]))
     assert list(some) == ["a a a", "a"] and len(some) == 2
+
+
+def test_a_batch_of_each_width():
+    """As those of the data have them, of every process alike."""
+    ids, columns = [[7] * (1 + k % 5) for k in range(21)], {"label": np.arange(21)}
+    shapes = lambda made: {tuple((name, x.shape, x.dtype) for name, x in batch.items()) for batch in made}
+    for share in ((0, 1), (1, 2)):
+        made = one_of_each(ids, columns, 4, lengths(8, fixed=False), share)
+        assert shapes(made) == shapes(batches(ids, columns, 4, lengths(8, fixed=False), share=share))
+        assert [len({*batch["index"]}) for batch in made] == [1] * len(made) and len(made) == 4
 
 
 def test_an_iterator_goes_on_from_its_state():

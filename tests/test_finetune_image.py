@@ -118,6 +118,10 @@ def test_gradual_unfreezing_traces_once_per_stage(folder, tmp_path, monkeypatch)
     assert first is not all_of_it and set(counts) == {sum(x.size for x in jax.tree.leaves(lab.model.pretrained(0)[0]))}
 
 
+def _settings_of(c):
+    return finetune_image.runs(c)[0].settings(finetune_image.completed(c))
+
+
 def test_a_second_call_goes_on(finished, folder, monkeypatch):
     """What is done is read; a row that was half written is taken out and done again; the rest stays as it was."""
     rows, _, path = finished
@@ -134,7 +138,8 @@ def test_a_second_call_goes_on(finished, folder, monkeypatch):
     assert [one.strategy for one in done] == ["gradual"] and again[:1] == rows[:1]
     assert path.read_text().startswith(whole.splitlines()[0] + "\n")
     other = configured(folder, path.parent, steps=30)
-    assert Ledger(path, finetune_image.VERSION).find(finetune_image.runs(other)[0].settings(other)) is None
+    assert Ledger(path, finetune_image.VERSION).find(_settings_of(other)) is None
+    assert Ledger(path, finetune_image.VERSION).find(_settings_of(configured(folder, path.parent))) is not None
 
 
 def trained(folder, out, monkeypatch, **changes):
@@ -314,15 +319,64 @@ def test_a_folder_with_splits_and_grey_images(tmp_path):
         images.load(str(tmp_path), 8)
 
 
+@pytest.mark.parametrize("names", [("train", "val"), ("val", "test"), ("left", "test", "train")])
+def test_folders_beside_splits_are_not_passed_over(names, tmp_path):
+    for name in names:
+        saved(tmp_path / name / "left" / "a.png", picture("left", np.random.default_rng(0)))
+    with pytest.raises(ValueError, match=f"holds the folders {', '.join(sorted(names))}; expected train, and of validation"):
+        images.load(str(tmp_path), 8)
+
+
+def test_a_photograph_stands_as_its_camera_says(tmp_path):
+    pixels, turned = picture("left", np.random.default_rng(0)), Image.Exif()
+    turned[0x0112] = 3  # by 180 degrees
+    for side, exif in (("left", None), ("right", turned)):
+        (tmp_path / side).mkdir()
+        for k in range(4):
+            Image.fromarray(pixels).save(tmp_path / side / f"{k}.png", exif=exif)
+    found = images.load(str(tmp_path), 12).train
+    up, down = (found.pixels[found.labels == k][0] for k in range(2))
+    np.testing.assert_array_equal(up, down[::-1, ::-1])
+
+
+def test_a_folder_that_changed_is_another_data_set(tmp_path):
+    for side in ("left", "right"):
+        saved(tmp_path / side / "a.png", picture(side, np.random.default_rng(0)))
+    settings = lambda: _settings_of(configured(tmp_path, "out", model="squeezenet"))
+    before = settings()
+    assert settings() == before and "digest" not in finetune_image.completed(page.get_config())
+    (tmp_path / "left" / "a.png").rename(tmp_path / "right" / "b.png")
+    moved = settings()
+    saved(tmp_path / "right" / "b.png", picture("left", np.random.default_rng(1)))
+    assert before != moved != settings() != before
+
+
+def test_a_run_that_comes_to_no_end_is_left_out(folder, tmp_path, monkeypatch):
+    """And the one behind it is done."""
+    monkeypatch.setitem(vision.NETS, "tiny", TINY)
+    c = configured(folder, tmp_path, strategies=("last", "probe"), steps=8, checks=1)
+    c.rate.last = float("nan")
+    console = Console(file=io.StringIO(), width=200)
+    rows = finetune_image.run(c, console)
+    assert [row["strategy"] for row in rows] == ["probe"]
+    assert "left out: last, 40 rows, seed 0: 5 steps in a row" in console.file.getvalue()
+
+
 def test_what_a_folder_must_not_hold(tmp_path):
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match="holds 0 folders; expected one of images for each of two classes"):
         images.load(str(tmp_path), 8)
     saved(tmp_path / "left" / "a.png", picture("left", rng))
     (tmp_path / "right").mkdir()
-    (tmp_path / "right" / "notes.txt").write_text("none")
     with pytest.raises(ValueError, match="right holds no image; expected files that end in .png"):
         images.load(str(tmp_path), 8)
+    (tmp_path / "right" / "notes.txt").write_text("none")
+    (tmp_path / "right" / "more").mkdir()
+    (tmp_path / "right" / ".hidden").write_text("none")
+    with pytest.raises(ValueError, match="right holds more and 1 more; expected images alone, files that end in .png"):
+        images.load(str(tmp_path), 8)
+    (tmp_path / "right" / "more").rmdir()
+    (tmp_path / "right" / "notes.txt").unlink()
     saved(tmp_path / "right" / "b.png", picture("right", rng, 4))
     with pytest.raises(ValueError, match=r"b.png has 4 channels \(RGBA\); expected 1 \(grey\) or 3 \(RGB\), of 8 bits"):
         images.load(str(tmp_path), 8)

@@ -1,12 +1,13 @@
 """The flag --config as scripts read it: a method takes all of its arguments, and what nothing would read is refused."""
 
+import contextlib
 import inspect
 
 import pytest
 from absl import flags
 
 import peftjax as pj
-from experiments import pages, recipes, sweep
+from experiments import compare, pages, recipes, sweep
 
 
 def given(*asked, page="reviews.py"):
@@ -50,6 +51,47 @@ def test_patterns_are_laid_and_kept():
         "rank": 4, "alpha": 16.0, "dropout": 0.0, "rank_pattern": {".*query": 2}
     }  # fmt: skip
     assert (c.lora.rank, c.seed, laid.seed) == (8, 0, 1)
+
+
+@pytest.mark.parametrize(
+    "script,asked,words",
+    [
+        (compare, ["seed=3"], "--config.seed= would change nothing here: c.seeds says it"),
+        (compare, ["rate.lora=0.1"], "--config.rate.lora= would change nothing here: c.winners says them"),
+        (compare, ["lora.rank=4"], "--config.lora.rank= would change nothing here: c.winners says it"),
+        (compare, ["winners=", "epochs=4"], "--config.epochs= would change nothing here: c.passes says it"),
+        (sweep, ["method=lora"], "--config.method= would change nothing here: c.methods says it"),
+        (sweep, ["adapter.bottleneck=4"], "--config.adapter.bottleneck= would change nothing here: c.sizes says it"),
+        (sweep, ["join=auto"], "--config.join= would change nothing here: one process does all runs"),
+        (compare, ["winners=", "rate.lora=0.1", "lora.rank=4"], None),
+        (sweep, ["rates.vera=0.1,0.2", "methods=vera", "adapter.kind=pfeiffer"], None),
+    ],
+)
+def test_flags_that_a_script_would_not_heed_are_refused(script, asked, words):
+    name = f"{script.__name__.rpartition('.')[2]}.py"
+    values, argv = flags.FlagValues(), ["script", *(f"--config.{one}" for one in asked)]
+    pages.define(name, values, argv)
+    values(argv)
+    with pytest.raises(ValueError, match=words) if words else contextlib.nullcontext():
+        pages.refuse(script.unheeded(pages.read(values)), values)
+
+
+@pytest.mark.parametrize("script", [compare, sweep])
+def test_the_commands_of_a_script_are_ones_that_it_takes(script):
+    """Those that its first lines show, as far as the list of runs."""
+    name = f"{script.__name__.rpartition('.')[2]}.py"
+    commands = [line.split()[2:] for line in script.__doc__.splitlines() if line.startswith("python ")]
+    assert len(commands) > 1
+    for asked in commands:
+        values, argv = flags.FlagValues(), ["script", *asked]
+        flags.DEFINE_bool("quick", False, "", flag_values=values)
+        pages.define(name, values, argv)
+        values(argv)
+        c = pages.read(values)
+        pages.refuse(script.unheeded(c), values)
+        if values.quick:
+            compare.quicken(c, values["config"].override_values)
+        assert compare.runs(c) if script is compare else sweep.settings(c)
 
 
 @pytest.mark.parametrize(

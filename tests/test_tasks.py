@@ -147,6 +147,10 @@ def test_scores_of_tags():
     # Of two entities said and two given, one is the same; four words of five are.
     found = Tag(("B-LOC", "B-PER", "I-PER", "O")).scores(objects(said), rows(true))
     assert found == pytest.approx({"F1": 0.5, "accuracy": 0.8})
+    # Of BILOU: one of the two entities given is said, and one that is not.
+    true, said = [["B-PER", "L-PER", "O"], ["U-LOC", "O"]], [["U-PER", "U-PER", "O"], ["U-LOC", "O"]]
+    found = Tag(("B-PER", "I-PER", "L-PER", "O", "U-LOC", "U-PER")).scores(objects(said), rows(true))
+    assert found["F1"] == pytest.approx(2 * 1 / (2 + 3))
     # Tags that are no entities: F1 of each tag, 1 for X and 2/3 for Y and 0 for Z.
     found = Tag(("X", "Y", "Z")).scores(objects([["X", "Y"], ["Y"]]), rows([["X", "Y"], ["Z"]]))
     assert found == pytest.approx({"F1": (1 + 2 / 3 + 0) / 3, "accuracy": 2 / 3})

@@ -23,6 +23,9 @@ def get_config() -> ml_collections.ConfigDict:
     c.rates.ia3 = c.rates.prefix = c.rates.prompt = (3e-3, 1e-2, 3e-2)
     c.rates.full = (5e-5, 1e-4, 3e-4)
     c.rates.scratch = (1e-4, 3e-4, 1e-3)
+    c.rates.adalora = c.rates.loha = c.rates.lokr = c.rates.oft = (3e-4, 1e-3, 3e-3)  # if c.methods names them
+    c.rates.compacter = c.rates.reft = c.rates.layer_norm = (1e-3, 3e-3, 1e-2)
+    c.rates.vera = c.rates.p_tuning = c.rates.head = (3e-3, 1e-2, 3e-2)
     c.sizes = ml_collections.ConfigDict()  # and ranks, bottlenecks and lengths
     c.sizes.lora, c.sizes.dora, c.sizes.adapter, c.sizes.prefix, c.sizes.prompt = (
         (4, 16),

@@ -93,10 +93,12 @@ class Tag(Task):
         return objects(made)
 
     def scores(self, answers: np.ndarray, rows: data.Rows) -> dict[str, float]:
-        """F1 of whole entities where tags are B-, I- and O, else averaged over the tags; and the share of words."""
+        """F1 of whole entities where tags are of B- and I-, or of BIOES or BILOU, else averaged over the tags; and the share
+        of words."""
         given, said = [[tag for tags in column for tag in tags] for column in (rows.labels, answers)]
         if all(re.fullmatch(r"O|[BIESLU]-.+", name) for name in self.names):
-            f1 = entity_f1(list(rows.labels), list(answers), zero_division=0)
+            both = ([list(map(_bioes, tags)) for tags in column] for column in (rows.labels, answers))
+            f1 = entity_f1(*both, zero_division=0)
         else:
             f1 = f1_score(given, said, average="macro", zero_division=0.0)
         return {"F1": float(f1), "accuracy": float(np.mean([x == y for x, y in zip(given, said)]))}
@@ -108,6 +110,11 @@ class Tag(Task):
     def said(self, answer: Any, outputs: np.ndarray) -> str:
         """The tags."""
         return " ".join(answer)
+
+
+def _bioes(tag: str) -> str:
+    """A tag of BILOU as seqeval reads it: the last of an entity, L-, is E-, and one that is all of it, U-, is S-."""
+    return {"L-": "E-", "U-": "S-"}.get(tag[:2], tag[:2]) + tag[2:]
 
 
 def _usual(train: data.Rows, test: data.Rows) -> Baseline:
