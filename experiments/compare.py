@@ -221,7 +221,7 @@ def main(_: list[str]) -> None:
         if flags.FLAGS.quick:
             quicken(c, flags.FLAGS["config"].override_values)
         run(c, Console())
-    except (ValueError, FloatingPointError, assets.Missing, Interrupted) as error:
+    except (ValueError, OSError, FloatingPointError, assets.Missing, Interrupted) as error:
         raise SystemExit(f"compare: {error}") from error
 
 

@@ -258,7 +258,7 @@ def main(_: list[str]) -> None:
     assets.keep_compiled()
     try:
         start(pages.read(), Console())
-    except (ValueError, FloatingPointError, TimeoutError, assets.Missing, Interrupted) as error:
+    except (ValueError, OSError, FloatingPointError, assets.Missing, Interrupted) as error:
         raise SystemExit(f"finetune: {error}") from error
 
 

@@ -121,7 +121,7 @@ def main(_: list[str]) -> None:
     assets.keep_compiled()
     try:
         run(flags.FLAGS.config, Console())
-    except (ValueError, FloatingPointError, assets.Missing, Interrupted) as error:
+    except (ValueError, OSError, FloatingPointError, assets.Missing, Interrupted) as error:
         raise SystemExit(f"finetune_image: {error}") from error
 
 

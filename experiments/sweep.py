@@ -240,7 +240,7 @@ def main(_: list[str]) -> None:
         c = pages.read()
         pages.refuse(unheeded(c))
         run(c, Console())
-    except (ValueError, assets.Missing, Interrupted) as error:
+    except (ValueError, OSError, assets.Missing, Interrupted) as error:
         raise SystemExit(f"sweep: {error}") from error
 
 

@@ -141,7 +141,7 @@ def train(
       every: how many steps; 0 for epochs alone.
 
     Raises:
-      FloatingPointError: too many losses in a row were not finite; the last good state is saved.
+      FloatingPointError: too many losses in a row were not finite; the last good state is saved, if there are `runs`.
       Interrupted: the process was asked to stop; the state is saved.
     """
     going = _Going(step, state, limits, shown, runs, every)
@@ -214,9 +214,10 @@ class _Going:
         if (failing := int(self.state.failing)) < self.limits.failing:
             return
         self.save()
+        where = "was not kept, which --config.resume=auto does" if self.runs is None else f"is in {self.runs.folder}"
         raise FloatingPointError(
             f"{failing} steps in a row, up to step {int(self.state.step)}, had a loss ({loss}), a gradient or an update "
-            "that was not finite; is the learning rate too high? The state before them is kept"
+            f"that was not finite; is the learning rate too high? The state before them {where}"
         )
 
 

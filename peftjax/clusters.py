@@ -44,9 +44,10 @@ def find() -> Process | None:
 
 
 def slurm(told: Mapping[str, str]) -> Process:
-    """The place of a task of a SLURM job, by its variables; each task has one GPU of its node.
+    """The place of a task of a SLURM job, by its variables.
 
-    They meet on the first node, at a port that the job's number gives, above those that systems hand out.
+    Of several tasks of a node each has one GPU, by its number there; a task that is alone on its node, or is shown one GPU
+    only, has all that it sees. They meet on the first node, at a port that the job's number gives, above those that systems hand out.
 
     Raises:
       ValueError: a variable that cannot be read.
@@ -66,7 +67,10 @@ def slurm(told: Mapping[str, str]) -> Process:
         )
     port = 2**16 - 2**12 + int(told["SLURM_JOB_ID"]) % 2**12
     host = "".join(x or "" for x in first.groups())
-    return Process(f"{host}:{port}", int(told["SLURM_NTASKS"]), int(told["SLURM_PROCID"]), [int(told["SLURM_LOCALID"])])
+    alone = re.fullmatch(r"1(\(x\d+\))?(,1(\(x\d+\))?)*", told.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    shown = [name for name in told.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    gpus = None if alone or len(shown) == 1 else [int(told["SLURM_LOCALID"])]
+    return Process(f"{host}:{port}", int(told["SLURM_NTASKS"]), int(told["SLURM_PROCID"]), gpus)
 
 
 def cloud_tpu(told: Mapping[str, str], ask: Ask) -> Process | None:

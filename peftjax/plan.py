@@ -32,7 +32,7 @@ from peftjax.step_cost import Cost, cost
 from peftjax.training import make_train_step, state_of, train_state
 
 # What libtpu calls a slice of n chips.
-SLICES = {"v4": "v4-{0}", "v5e": "v5litepod-{1}", "v5p": "v5p-{0}", "v6e": "v6e-{1}"}
+SLICES = {"v5e": "v5litepod-{1}", "v5p": "v5p-{0}", "v6e": "v6e-{1}"}
 METHODS: dict[str, Callable[[int], Method | None]] = {
     "lora": lambda rank: lora(rank),
     "dora": lambda rank: dora(rank),
@@ -142,6 +142,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         wanted = asked.methods.split(",")
         if unknown := [name for name in wanted if name not in METHODS]:
             raise ValueError(f"method {unknown[0]!r}; expected some of {', '.join(METHODS)}")
+        for name in ("rank", "length", "batch"):
+            if (given := getattr(asked, name)) is not None and given < 1:
+                raise ValueError(f"{name} {given}: expected 1 at least")
         mesh = make_mesh(asked.mesh, devices(asked.topology))
         examples = asked.batch or mesh.devices.size
         model = _builder(asked.builder)(asked.model, mesh, examples, asked.length, asked.remat)

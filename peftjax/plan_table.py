@@ -32,7 +32,7 @@ def show(costs: Sequence[Cost], title: str, console: Console | None = None) -> N
     """
     console = Console() if console is None else console
     first = costs[0]
-    hbm = "" if first.hbm is None else f" of {first.hbm / GIB:.0f} GiB"
+    hbm = "" if first.hbm is None else f" of {first.hbm / GIB:.4g} GiB"
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     table.add_column("method\n", no_wrap=True)
     for name in COLUMNS:
@@ -42,9 +42,25 @@ def show(costs: Sequence[Cost], title: str, console: Console | None = None) -> N
     line = lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)
     line(f"{title}; on each of {first.devices} x {first.device}{hbm}:")
     console.print(table)
+    console.print(_moved(costs))
     for c in costs:
         if c.error is not None:
             line(f"{c.name}: {c.error}")
+
+
+def _moved(costs: Sequence[Cost]) -> Table:
+    """What the collectives of a step give, by kind, and its results that do not take the place of its arguments."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for name in ("method", "moved"):
+        table.add_column(name, no_wrap=True)
+    for name in ("times", "GiB"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for c in costs:
+        for kind, traffic in sorted(c.collectives.items()):
+            table.add_row(c.name, kind, f"{traffic.count:,}", f"{traffic.bytes / GIB:,.2f}")
+        if c.outputs is not None:
+            table.add_row(c.name, "results", "1", f"{c.outputs / GIB:,.2f}")
+    return table
 
 
 def _cells(c: Cost) -> list[str]:

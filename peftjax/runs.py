@@ -1,10 +1,11 @@
 """Checkpoints of a run: all that moves, and what it was made with; the base itself is never written."""
 
+import contextlib
 import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -95,15 +96,29 @@ class Runs:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._manager.close()
+        with self._written():
+            self._manager.close()
 
     def wait(self) -> None:
         """Returns when all that was saved is on the disk.
 
         Raises:
-          OSError, ValueError: it could not be written, as on a full disk; earlier checkpoints stay.
+          OSError: it could not be written, as on a full disk; earlier checkpoints stay, and it says which is the last.
         """
-        self._manager.wait_until_finished()
+        with self._written():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        """Says in few words what went wrong with a file, and what is there still."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            whole = sorted(int(x.name) for x in self.folder.iterdir() if x.name.isdigit()) if self.folder.is_dir() else []
+            there = f"the last one that is whole is {whole[-1]}" if whole else "there is no whole one"
+            raise OSError(
+                f"{self.folder}: a checkpoint could not be written, and {there}: {str(error).splitlines()[0][:300]}"
+            ) from error
 
     @property
     def numbers(self) -> list[int]:
@@ -127,6 +142,7 @@ class Runs:
           metrics: what tells the best checkpoints, as `{"loss": 0.3}`.
 
         Raises:
+          OSError: this one or the one before could not be written; see `wait`.
           ValueError: the metrics lack the one by which the best are told, or it is not finite; or, at the first call, the
             folder holds checkpoints of another run, which those of this one would replace.
         """
@@ -140,7 +156,8 @@ class Runs:
         items = ocp.args.Composite(**{ARRAYS: ocp.args.StandardSave(held), PAGE: ocp.args.JsonSave(page)})
         told = None if metrics is None else {name: float(value) for name, value in metrics.items()}
         self._last = max(int(state.step), self._last + 1)
-        self._manager.save(self._last, args=items, metrics=told, force=True)
+        with self._written():
+            self._manager.save(self._last, args=items, metrics=told, force=True)
 
     def restore(self, state: TrainState, number: int | None = None) -> tuple[TrainState, Any] | None:
         """The state of a checkpoint, and where the data stood.

@@ -13,6 +13,8 @@ from peftjax.overlay import Overlay
 from peftjax.paths import flatten
 from peftjax.tree import map_leaves, strip
 
+BATCH_AXES = ("data", "fsdp")  # of a mesh: what examples are split over, unless it is said
+
 
 class Misfit(NamedTuple):
     """A dimension of an array that a mesh does not divide."""

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from peftjax.flat import near
 from peftjax.paths import flatten, path_of
-from peftjax.sharding import Misfit, check_axes, fitted, tell
+from peftjax.sharding import BATCH_AXES, Misfit, check_axes, fitted, tell
 
 NNX_NAMES = ("out_sharding", "sharding_names", "sharding")  # by age of Flax, the newest first
 Rules = Sequence[tuple[str, PartitionSpec]]
@@ -84,8 +84,16 @@ def by_rules(rules: Rules, params: Any, mesh: Mesh) -> Any:
     return _fitting([spec_of[path] for path in paths], params, mesh)
 
 
-def within(rules: Rules, mesh: Mesh) -> Rules:
+def within(rules: Rules, mesh: Mesh, batch_axes: Sequence[str] = BATCH_AXES) -> Rules:
     """The rules with only the axes that a mesh has, so that one page of rules serves every mesh.
+
+    Args:
+      rules: as `by_rules` has them.
+      mesh: the devices.
+      batch_axes: the axes over which examples are split, as `peftjax.make_train_step` has them.
+
+    Raises:
+      ValueError: an axis of the mesh, of more than one device, that splits neither weights nor examples.
 
     Example:
       >>> mesh = make_mesh("data:1", jax.devices()[:1])
@@ -93,12 +101,24 @@ def within(rules: Rules, mesh: Mesh) -> Rules:
       [('data', None)]
     """
 
+    used = {*batch_axes, *(name for _, spec in rules for entry in spec for name in _axes(entry))}
+    if idle := [name for name, size in mesh.shape.items() if size > 1 and name not in used]:
+        raise ValueError(
+            f"nothing is split over the axis {idle[0]!r} of the mesh ({', '.join(mesh.axis_names)}): its devices would all do "
+            f"the same; expected axes among {', '.join(sorted(used))}"
+        )
+
     def kept(entry: Any) -> Any:
         if isinstance(entry, tuple):
             return tuple(name for name in entry if name in mesh.axis_names) or None
         return entry if entry in mesh.axis_names else None
 
     return [(pattern, PartitionSpec(*map(kept, spec))) for pattern, spec in rules]
+
+
+def _axes(entry: Any) -> tuple[str, ...]:
+    """The names in an entry of a `PartitionSpec`."""
+    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
 
 
 def by_metadata(params: Any, mesh: Mesh, axes: Mapping[str, Any] | None = None) -> Any:

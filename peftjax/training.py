@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from peftjax.advance import Loss, advance
 from peftjax.method import Method
-from peftjax.sharding import shardings
+from peftjax.sharding import BATCH_AXES, shardings
 from peftjax.state_layout import abstract, like_trainable, on, put
 from peftjax.tree import combine, partition
 
@@ -128,7 +128,7 @@ def make_train_step(
     *,
     method: Method | None = None,
     accumulate: int = 1,
-    batch_axes: Sequence[str] = ("data", "fsdp"),
+    batch_axes: Sequence[str] | None = None,
 ) -> "TrainStep":
     """Makes `step(state, batch) -> (state, metrics)`, compiled once: gradients of what trains, and the optimizer.
 
@@ -144,14 +144,15 @@ def make_train_step(
       mesh: the devices that the state lies on; None for a state of one device.
       method: the method that made the tree: its `penalty` is added to the loss, its `update` runs after the optimizer.
       accumulate: into how many parts the batch is cut; 1 for none.
-      batch_axes: the axes of the mesh over which the examples are split, of those that the mesh has.
+      batch_axes: the axes of the mesh over which the examples are split; by default "data" and "fsdp", of those that
+        the mesh has.
 
     Returns:
       The step. It donates what trains, the optimizer's state and the model's; the frozen part stays. `metrics` are
       `loss`, `grad_norm`, the weighted means of aux, `weight`, and `skipped`: scalars, equal on all devices.
 
     Raises:
-      ValueError: fewer than one part; when it is called, examples that the parts and the mesh do not divide, or a
+      ValueError: fewer than one part, or axes that the mesh does not have; when it is called, examples that the parts and the mesh do not divide, or a
         state that does not lie on the mesh.
 
     Example:
@@ -166,7 +167,10 @@ def make_train_step(
     """
     if accumulate < 1:
         raise ValueError(f"accumulate={accumulate}: expected 1 or more parts of a batch")
-    axes = () if mesh is None else tuple(name for name in batch_axes if name in mesh.axis_names)
+    had = () if mesh is None else mesh.axis_names
+    if batch_axes is not None and (strays := [name for name in batch_axes if name not in had]):
+        raise ValueError(f"batch_axes: {strays[0]!r} is no axis of the mesh ({', '.join(map(str, had)) or 'none'})")
+    axes = tuple(name for name in (BATCH_AXES if batch_axes is None else batch_axes) if name in had)
     return TrainStep(apply, loss, tx, mesh, method, accumulate, axes)
 
 
@@ -187,8 +191,13 @@ class TrainStep:
         """The next state, and the metrics of this batch."""
         moving, frozen, batch = self.arguments(state, batch)
         moving, changed, metrics = self._compiled(moving, frozen, batch)(moving, frozen, batch)
-        kept = jax.tree.map(lambda new, old: old if new is None else new, changed, frozen, is_leaf=lambda x: x is None)
+        put_back = lambda new, old: old if new is None else self._as_before(new, old)
+        kept = jax.tree.map(put_back, changed, frozen, is_leaf=lambda x: x is None)
         return dataclasses.replace(moving, frozen=kept), metrics
+
+    def _as_before(self, new: Any, old: Any) -> Any:
+        """A frozen array that a method changed, where it lay: lying elsewhere, it would be compiled for anew."""
+        return new if self.mesh is None or new.sharding == old.sharding else jax.device_put(new, old.sharding)
 
     def lower(self, state: TrainState, batch: Any) -> Any:
         """The step lowered for these types, `jax.stages.Lowered`: its `compile()` tells what it costs and holds."""

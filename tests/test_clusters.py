@@ -68,6 +68,22 @@ def test_the_first_node_of_slurms_list(nodes, first):
     assert slurm(TASK | {"SLURM_STEP_NODELIST": nodes}) == Process(f"{first}:61441", 8, 7, [3])
 
 
+@pytest.mark.parametrize(
+    "told,gpus",
+    [
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x8)"}, None),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1"}, None),
+        ({"SLURM_STEP_TASKS_PER_NODE": "8(x2)"}, [3]),
+        ({"SLURM_STEP_TASKS_PER_NODE": "8,1"}, [3]),
+        ({"SLURM_STEP_TASKS_PER_NODE": "4", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}, [3]),
+        ({"SLURM_STEP_TASKS_PER_NODE": "4", "CUDA_VISIBLE_DEVICES": "0"}, None),
+        ({"CUDA_VISIBLE_DEVICES": ""}, [3]),
+    ],
+)
+def test_which_gpus_a_task_of_slurm_has(told, gpus):
+    assert slurm(TASK | told).gpus == gpus
+
+
 @pytest.mark.parametrize("name", ["SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_ID"])
 def test_slurms_numbers_are_numbers(name):
     with pytest.raises(ValueError, match="'x'.*; expected numbers"):

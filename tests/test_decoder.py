@@ -86,6 +86,10 @@ def test_tied_embeddings_and_methods_without_a_merge(tmp_path):
         ({"attention_bias": True}, "attention_bias is True"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "expected that of llama3"),
         ({"vocab_size": None}, "says nothing of vocab_size"),
+        ({"model_type": "qwen2"}, "model_type is 'qwen2', expected llama or mistral"),
+        ({"model_type": "mixtral"}, "model_type is 'mixtral'"),
+        ({"num_local_experts": 8}, "num_local_experts is 8, expected none"),
+        ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window is 4096, expected None"),
     ],
 )
 def test_what_it_does_not_do_is_named(tmp_path, changes, words):
@@ -94,6 +98,9 @@ def test_what_it_does_not_do_is_named(tmp_path, changes, words):
 
 
 def test_a_page_that_is_none(tmp_path):
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(ValueError, match="expected a config.json of the Llama family, found list"):
+        read_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
     for path in (tmp_path, tmp_path / "nowhere.json"):
         with pytest.raises(ValueError, match="expected a config.json of the Llama family"):

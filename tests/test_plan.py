@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import jax
 import pytest
 from rich.console import Console
 
+import peftjax as pj
 from experiments.models.decoder import REMAT, planned
 from peftjax import plan, step_cost
 from peftjax.flops import flops
@@ -103,8 +105,8 @@ class Device:
     [
         (Device({"bytes_in_use": 5, "bytes_limit": 60 * 2**30}), 60 * 2**30),
         (Device({"bytes_limit": 15 * 2**30}, "TPU v5 lite"), 15 * 2**30),
-        (Device(None, "TPU v5 lite"), 16 * 2**30),
-        (Device(jax.errors.JaxRuntimeError("UNIMPLEMENTED: not there"), "TPU v5 lite"), 16 * 2**30),
+        (Device(None, "TPU v5 lite"), 63 * 2**28),
+        (Device(jax.errors.JaxRuntimeError("UNIMPLEMENTED: not there"), "TPU v5 lite"), 63 * 2**28),
         (Device({"bytes_in_use": 5}), None),
         (Device(NotImplementedError()), None),
     ],
@@ -139,6 +141,34 @@ def test_the_table(costs):
     assert "…" not in printed and max(map(len, printed.splitlines())) <= 80 and "405,000.0 128.00" in printed
     for part in ("tiny", "lora", "full", "8 x cpu", "GiB", "TFLOPs", "Mcycles"):
         assert part in printed
+    found = re.search(r"^ ?full +all-reduce +(\d+) +[\d.]+ ?$", printed, re.M)
+    assert int(found[1]) == costs[1].collectives["all-reduce"].count
+    assert re.search(r"^ ?full +results +1 +0.00 ?$", printed, re.M)
+
+
+def test_a_step_that_the_compiler_refuses_is_a_row(monkeypatch, config):
+    """As one that does not fit a TPU: with its words."""
+
+    class Refused:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 252.35G exceeds available HBM (15.75G)\n\nmore")
+
+    monkeypatch.setattr(pj.TrainStep, "lower", lambda *_: Refused())
+    mesh = make_mesh("fsdp:8")
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        found = plan.plan(planned(config, mesh, 8, 16, "layers"), mesh, plan.METHODS["dora"](1), "dora")
+    assert (found.total, found.fits) == (None, False) and found.flops > 0
+    console = Console(file=io.StringIO(), width=80)
+    show([found], "tiny", console)
+    printed = console.file.getvalue()
+    assert re.search(r"dora .* no ", printed) and "dora: RESOURCE_EXHAUSTED: 252.35G exceeds" in printed
+    assert "more" not in printed
+
+
+def test_a_tpus_compiler_says_what_fits(costs):
+    """It refuses what does not; the sum of what it lists may be above."""
+    tpu = dataclasses.replace(costs[0], device="TPU v5 lite", hbm=costs[0].total - 1)
+    assert tpu.fits and not dataclasses.replace(tpu, device="NVIDIA H100").fits
 
 
 def test_the_command_prints_json(config, capsys):
@@ -156,6 +186,10 @@ def test_the_command_prints_json(config, capsys):
         (["--topology=v5e"], "topology 'v5e': expected local, or a slice such as v5e:2x4"),
         (["--builder=nowhere:planned"], "run this in its folder, or give a function of your own"),
         (["--remat=some"], "remat 'some'; expected one of layers, products, none"),
+        (["--mesh=fdsp:8"], "nothing is split over the axis 'fdsp' of the mesh (fdsp)"),
+        (["--length=0"], "length 0: expected 1 at least"),
+        (["--batch=0"], "batch 0: expected 1 at least"),
+        (["--topology=v4:2x2x1"], "topology 'v4:2x2x1': expected local, or a slice such as v5e:2x4 (v5e, v5p, v6e)"),
         (["--model=nowhere.json"], "expected a config.json of the Llama family"),
     ],
 )

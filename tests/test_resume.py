@@ -39,7 +39,7 @@ class Silent:
     def score(self, *_): ...
 
 
-def go(folder, seen, pause=0.0, limit=None, judging=None):
+def go(folder, seen, pause=0.0, limit=None, judging=None, epochs=EPOCHS):
     """Trains a small network, from the checkpoint in `folder` if there is one; what it ends with goes into a file there.
 
     `seen` is a file that gets a byte per step; `limit` is the largest file that may be written, in bytes; after the
@@ -47,7 +47,7 @@ def go(folder, seen, pause=0.0, limit=None, judging=None):
     """
     if limit is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     rng = np.random.default_rng(0)
     normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
     params = {"up": normal(64, 512) / 8, "down": normal(512, 2) / 20}
@@ -75,7 +75,7 @@ def go(folder, seen, pause=0.0, limit=None, judging=None):
     epoch = lambda number: grain.MapDataset.source(rows).seed(number).shuffle()
     state = pj.train_state(tuned, tx, key=jax.random.key(1))
     with Runs(Path(folder) / "runs", METHOD, metric="epoch", lowest=False) as runs:
-        trained = train.train(slow, state, epoch, validate, train.Limits(EPOCHS, EPOCHS), Silent(), runs, every=2)
+        trained = train.train(slow, state, epoch, validate, train.Limits(epochs, epochs), Silent(), runs, every=2)
     progress = {k: v for k, v in trained.progress.to_dict().items() if k != "seconds"}
     np.savez(
         Path(folder) / "end.npz",
@@ -86,7 +86,12 @@ def go(folder, seen, pause=0.0, limit=None, judging=None):
 
 def child(folder, seen, options):
     jax.config.update("jax_numpy_dtype_promotion", "standard")
-    go(folder, seen, **options)
+    try:
+        go(folder, seen, **options)
+    except OSError as error:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        (folder / "error").write_text(str(error))
+        raise
 
 
 def started(folder, steps=0, **options):
@@ -106,9 +111,9 @@ def stopped(process, how):
     assert process.exitcode not in (0, None)
 
 
-def goes_on_to(whole, folder):
+def goes_on_to(whole, folder, **options):
     """A process goes on from what is in the folder, and ends as the run does that nothing stopped."""
-    process = started(folder)
+    process = started(folder, **options)
     process.join()
     assert process.exitcode == 0
     same(ended(folder), whole)
@@ -135,25 +140,50 @@ def whole(tmp_path_factory):
     return ended(folder)
 
 
-def killed_and_restarted(folder, whole, kills):
-    """Kills a run `kills` times, at random moments after its first step in each life, and lets the last life end."""
-    draw = random.Random(0)
-    for _ in range(kills):
-        process = started(folder, steps=1, pause=0.02)
-        time.sleep(draw.random() * 6 * 0.03)  # six steps, with three saves among them
+def saving(folder):
+    """Whether a checkpoint is being written."""
+    return any("orbax-checkpoint-tmp" in path.name for path in (folder / "runs").glob("*"))
+
+
+def whole_ones(folder):
+    """The numbers of the checkpoints that are there and whole."""
+    return {int(path.name) for path in (folder / "runs").glob("*") if path.name.isdigit()}
+
+
+def killed_and_restarted(folder, whole, kills, epochs):
+    """Kills a run `kills` times, each life after its first checkpoint, and lets the last life end.
+
+    Every other kill comes at a random moment, every other one while a checkpoint is being written.
+    """
+    draw, cut, before = random.Random(0), 0, set()
+    for k in range(kills):
+        process, end = started(folder, steps=2, pause=0.02, epochs=epochs), time.monotonic() + 30
+        while not whole_ones(folder) - before and time.monotonic() < end:
+            time.sleep(0.002)
+        time.sleep(draw.random() * 0.1)  # some steps, each of which takes 20 ms and more; every other one saves
+        while k % 2 and not saving(folder) and time.monotonic() < end:
+            time.sleep(0.001)
         stopped(process, signal.SIGKILL)
-    goes_on_to(whole, folder)
+        cut += saving(folder)
+        assert max(whole_ones(folder)) > max(before, default=0)  # this life began where the one before had come to
+        before |= whole_ones(folder)
+    assert cut >= kills // 2, cut
+    goes_on_to(whole, folder, epochs=epochs)
     left = [x.name for x in (folder / "runs").iterdir()]
     assert all(name.isdigit() for name in left), left
 
 
-def test_killed_at_random_moments_it_goes_on_bit_by_bit(whole, tmp_path):
-    killed_and_restarted(tmp_path, whole, 3)
+def test_killed_at_any_moment_it_goes_on_bit_by_bit(whole, tmp_path):
+    killed_and_restarted(tmp_path, whole, 3, EPOCHS)
 
 
 @pytest.mark.full
-def test_killed_at_twenty_random_moments(whole, tmp_path):
-    killed_and_restarted(tmp_path, whole, 20)
+def test_killed_at_twenty_moments(tmp_path):
+    (tmp_path / "whole").mkdir()
+    process = started(tmp_path / "whole", epochs=25)
+    process.join()
+    (tmp_path / "killed").mkdir()
+    killed_and_restarted(tmp_path / "killed", ended(tmp_path / "whole"), 20, 25)
 
 
 def test_sigterm_saves_and_ends_the_run(whole, tmp_path):
@@ -185,6 +215,9 @@ def test_a_full_disk_leaves_the_checkpoint_before(whole, tmp_path):
     process = started(tmp_path, limit=2000)  # what is saved is larger
     process.join()
     assert process.exitcode != 0
+    said = (tmp_path / "error").read_text()
+    assert f"a checkpoint could not be written, and the last one that is whole is {before[-1]}: " in said
+    assert len(said) < 600 and len(said.splitlines()) == 1
     with Runs(tmp_path / "runs", METHOD) as runs:
         assert runs.numbers == before
     goes_on_to(whole, tmp_path)
@@ -233,6 +266,7 @@ def failing(folder, bad, epochs=2, shown=Silent()):
 def test_the_run_stops_with_the_last_good_state_saved(tmp_path):
     (error, (state, data)), states = failing(tmp_path, range(3, 10))
     assert "5 steps in a row, up to step 8" in str(error) and len(states) == 8
+    assert str(error).endswith(f"The state before them is in {tmp_path / 'runs'}")
     np.testing.assert_array_equal(state.tuned["w"].value, states[2][0])
     assert not np.array_equal(states[2][0], states[1][0])
     assert (int(state.step), int(state.skipped), data["skipped"]) == (8, 5, [5])

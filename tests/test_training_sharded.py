@@ -23,7 +23,7 @@ from peftjax import sharding
 from peftjax.hlo import Program
 from peftjax.overlay import frozen, overlay, trained
 from peftjax.roles import Role, Roles
-from peftjax.sharding_rules import by_metadata, by_rules, make_mesh
+from peftjax.sharding_rules import by_metadata, by_rules, make_mesh, within
 
 pytestmark = pytest.mark.third_party  # optax's own promotions
 KEY = jax.random.key(0)
@@ -368,6 +368,37 @@ def test_rules_that_are_wrong_are_named():
         by_metadata(params, mesh)
     with pytest.raises(ValueError, match="names an axis 'mlp', which the mesh"):
         by_metadata({"w": nn.Partitioned(jnp.ones((2, 8)), (None, "mlp"))}, mesh)
+
+
+def test_an_axis_that_splits_nothing_is_refused():
+    rules = [("up", P(None, ("fsdp", "model")))]
+    assert within(rules, make_mesh("data:2,model:4")) == [("up", P(None, ("model",)))]
+    assert within(rules, make_mesh("model:8,extra:1")) == [("up", P(None, ("model",)))]
+    for axes, name in (("dta:8", "dta"), ("data:2,tensor:4", "tensor")):
+        with pytest.raises(ValueError, match=f"over the axis '{name}' of .* expected axes among data, fsdp, model"):
+            within(rules, make_mesh(axes))
+    assert within([], make_mesh("rows:8"), ("rows",)) == []
+    with pytest.raises(ValueError, match=r"batch_axes: 'rows' is no axis of the mesh \(data, model\)"):
+        pj.make_train_step(lambda t, b: b, token_loss, optax.sgd(0.1), make_mesh("data:2,model:4"), batch_axes=["rows"])
+
+
+def test_a_method_that_changes_frozen_arrays_is_compiled_for_once():
+    """They come back where they lay, however the compiler spells it."""
+    mesh, tx = make_mesh("data:2,model:4"), optax.adamw(1e-2)
+    method = pj.adalora(rank=3, target_rank=1, total_steps=8, tinit=1, tfinal=2)
+    params = {"up": jnp.ones((4, 8)), "down": jnp.ones((8, 4))}
+    fn = lambda params, x: jnp.tanh(x @ params["up"]) @ params["down"]
+    apply, tuned = pj.attach(method, fn, params, jnp.ones((8, 4)), key=KEY)
+    loss = lambda out, batch: ((out**2).mean(), {})
+    step = pj.make_train_step(apply, loss, tx, mesh, method=method)
+    state = pj.train_state(tuned, tx, mesh=mesh, specs={"up": P(None, "model"), "down": P("model", None)})
+    lay = [x.sharding for x in jax.tree.leaves(state.frozen)]
+    before = [np.asarray(x) for x in jax.tree.leaves(state.frozen)]
+    for _ in range(3):
+        state, _ = step(state, jnp.ones((8, 4)))
+    assert [x.sharding for x in jax.tree.leaves(state.frozen)] == lay
+    assert any(not np.array_equal(x, y) for x, y in zip(before, jax.tree.leaves(state.frozen)))
+    assert len(step._jitted) == 1 and [run._cache_size() for run in step._jitted.values()] == [1]
 
 
 def test_a_batch_and_a_state_that_do_not_fit_the_mesh():

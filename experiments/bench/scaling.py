@@ -4,7 +4,7 @@
 
 compiles a step of LoRA and of full fine-tuning for v5e slices (the extra `plan` brings the compiler), an example of 4,096
 tokens for each chip, everything split over all chips ("fsdp"). It writes `scaling.json`, and from it `scaling.md` and
-`scaling.png`. What `scaling.json` holds already is not compiled again: a row takes minutes.
+`scaling.png`. What `scaling.json` holds already is not compiled again: a row takes about two minutes.
 """
 
 import argparse
@@ -60,10 +60,11 @@ def page(rows: Sequence[Row]) -> str:
     lines = [
         "# Llama-3.1-8B on 8 to 256 chips",
         "",
-        f"`python experiments/bench/scaling.py`: one step on {rows[0]['device']} chips of {rows[0]['hbm'] / GIB:.0f} GiB,",
+        f"`python experiments/bench/scaling.py`: one step on {rows[0]['device']} chips of {rows[0]['hbm'] / GIB:.4g} GiB,",
         "compiled for slices that were not there. Every chip has one example of 4,096 tokens; parameters, gradients and",
         'moments are split over all chips (mesh "fsdp"), layers are computed again in the backward pass, AdamW, bfloat16.',
-        "Sizes in GiB on each chip; exchanged is what a step's collectives give there.",
+        "Sizes in GiB on each chip; exchanged is what a step's collectives give there. What does not fit the compiler refuses:",
+        "the sum may be above what a chip has, for not all temporaries are there while all arguments are.",
         "",
         "B of LoRA lies as the outputs of its weight, which this mesh does not split: it is whole on every chip, with its",
         "moments, and on 256 chips weighs more than a 256th of everything. On 8 and 16 chips the compiler gathers weights",

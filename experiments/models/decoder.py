@@ -8,6 +8,7 @@ features, G heads of keys and values.
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any, Callable
 
@@ -29,7 +30,8 @@ RULES = (
     (r"lm_head/kernel", PartitionSpec("fsdp", "model")),
 )
 # What another key would change, and this model does not do.
-PLAIN = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
+PLAIN = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "sliding_window": None}
+TYPES = ("llama", "mistral")  # which are alike but for the window
 # What a layer keeps for its backward pass, by the name of its part, where it does not compute everything again.
 PARTS = ("q_proj", "k_proj", "v_proj", "attention", "o_proj", "gate_proj", "up_proj", "down_proj")
 REMAT = {
@@ -75,6 +77,12 @@ def read_config(path: str | Path, **changes: Any) -> Config:
         page = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: expected a config.json of the Llama family ({error})") from error
+    if not isinstance(page, dict):
+        raise ValueError(f"{path}: expected a config.json of the Llama family, found {type(page).__name__}")
+    if (kind := page.get("model_type", TYPES[0])) not in TYPES:
+        raise ValueError(f"{path}: model_type is {kind!r}, expected {' or '.join(TYPES)}: this decoder is no other")
+    if experts := [key for key in page if re.search("expert", key) and page[key]]:
+        raise ValueError(f"{path}: {experts[0]} is {page[experts[0]]!r}, expected none: this decoder has no experts")
     for key, value in PLAIN.items():
         if page.get(key, value) != value:
             raise ValueError(f"{path}: {key} is {page[key]!r}, expected {value!r}: this decoder has no other")
