@@ -87,6 +87,26 @@ def child(index, port, folder, out):
     jax.distributed.shutdown()
 
 
+def saving(index, port, folder, out):
+    """One of two processes that save after every step, of twelve, and go on from what is saved; a file says how far."""
+    os.environ["XLA_FLAGS"] = re.sub(r"device_count=\d+", "device_count=2", os.environ["XLA_FLAGS"])
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    jax.config.update("jax_numpy_rank_promotion", "allow")
+    join(f"127.0.0.1:{port}", 2, index, timeout=120)
+    (step, state), found = begin(make_mesh("data:2,model:2")), []
+    with Runs(folder / "runs", METHOD) as runs:
+        state, data = runs.restore(state) or (state, {"batch": 0})
+        for k in range(data["batch"], 12):
+            one, state = losses(step, state, k, k + 1)
+            found += one
+            runs.save(state, data={"batch": k + 1})
+            runs.wait()
+            (folder / f"done-{index}").write_text(str(k + 1))
+    out.put((index, found))
+    jax.distributed.shutdown()
+
+
 def absent(index, port, out):
     try:
         join(f"127.0.0.1:{port}", 3, index, timeout=3)
@@ -194,6 +214,25 @@ def test_sigterm_without_checkpoints_does_what_it_always_does(tmp_path):
     both[1].join(10)
     both[0].kill()
     assert both[1].exitcode == -signal.SIGTERM
+
+
+@pytest.mark.full
+def test_when_one_process_dies_the_others_end_and_the_run_goes_on(tmp_path):
+    """JAX ends them when it has not heard of it for a while."""
+    port, out = free_port(), PROCESSES.Queue()
+    both = [PROCESSES.Process(target=saving, args=(k, port, tmp_path, out)) for k in range(2)]
+    for process in both:
+        process.start()
+    done, end = tmp_path / "done-1", time.monotonic() + 120
+    while not (done.exists() and done.read_text() not in ("", "1", "2")) and time.monotonic() < end:
+        time.sleep(0.001)
+    os.kill(both[1].pid, signal.SIGKILL)
+    both[0].join(180)
+    assert both[0].exitcode not in (0, None) and int((tmp_path / "done-0").read_text()) < 12
+    port, want = free_port(), losses(*begin(), 0, 12)[0]
+    found = run(saving, [(k, port, tmp_path) for k in range(2)])
+    assert found[0] == found[1] and 0 < len(found[0]) < 12
+    np.testing.assert_allclose(found[0], want[-len(found[0]) :], rtol=1e-5)
 
 
 def test_a_process_that_never_joins_is_named():
