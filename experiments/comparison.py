@@ -135,6 +135,7 @@ def _scatter(results: Sequence[Result], value: str, label: str) -> Figure:
         axis.errorbar([x], [y], [bar], capsize=3, linestyle="none", label=name(method), **_style(k))
     named(axis, label, f"test accuracy, {sizes[-1]:,} training rows")
     axis.xaxis.set_minor_formatter(NullFormatter())
+    figure.supxlabel(BARS, fontsize="small")
     figure.legend(loc="outside right center", frameon=False)
     return figure
 
@@ -150,6 +151,7 @@ def _by_rows(results: Sequence[Result]) -> Figure:
     named(axis, "training rows", "test accuracy")
     axis.set_xticks(sizes, [f"{n:,}" for n in sizes])
     axis.minorticks_off()
+    figure.supxlabel(BARS, fontsize="small")
     figure.legend(loc="outside right center", frameon=False)
     return figure
 
@@ -172,6 +174,7 @@ def _curves(results: Sequence[Result]) -> Figure:
             named(axis, f"pass over {n:,} rows", what)
             axis.set_xscale("linear")
             axis.set_xticks(passes)
+    figure.supxlabel("Curves are means over seeds.", fontsize="small")
     handles = {label: line for axis in panels[:, 0] for line, label in zip(*axis.get_legend_handles_labels())}
     figure.legend(handles.values(), handles, loc="outside right center", frameon=False)
     return figure

@@ -47,7 +47,8 @@ def slurm(told: Mapping[str, str]) -> Process:
     """The place of a task of a SLURM job, by its variables.
 
     Of several tasks of a node each has one GPU, by its number there; a task that is alone on its node, or is shown one GPU
-    only, has all that it sees. They meet on the first node, at a port that the job's number gives, above those that systems hand out.
+    only, has all that it sees. They meet on the first node, at a port that the job's number gives, above those that
+    systems hand out.
 
     Raises:
       ValueError: a variable that cannot be read.

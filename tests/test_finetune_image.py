@@ -254,6 +254,9 @@ def test_the_committed_rows_are_those_of_the_page():
     c.update({"mesh": "data:8", "resume": "auto", "every": 5, "tensorboard": True, "profile": "3:5"})
     results = [ledger.find(one.settings(c)) for one in runs]
     assert len(results) == 63 and None not in results
+    shown = zip(*(list(column.cells) for column in report.table(results).columns))
+    readme = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+    assert [f"| {' | '.join(cells)} |" in readme for cells in shown] == [True] * 7
     for name in {one.strategy for one in runs}:
         by_rows = [[r["test"] for r in results if (r["strategy"], r["rows"]) == (name, n)] for n in c.rows]
         line = "    ".join(f"{np.mean(x):.3f} ({min(x):.3f}-{max(x):.3f})" for x in by_rows)
