@@ -122,7 +122,10 @@ def page(c: ml_collections.ConfigDict, one: Run) -> ml_collections.ConfigDict:
     usual = {one.method: {"rate": c.rate[one.method], "size": None}}
     best = (read_winners(Path(c.winners), c) if c.winners else usual).get(one.method)
     if best is None:
-        raise ValueError(f"{c.winners} has no winner of {one.method!r}; expected one: run experiments/sweep.py for it")
+        raise ValueError(
+            f"{c.winners} has no winner of {one.method!r}; expected one: run experiments/sweep.py for it, and name its "
+            "winners.json by --config.winners="
+        )
     made = Setting(one.method, best["rate"], best["size"]).laid(c, one.seed)
     passes = itertools.cycle(c.passes) if len(c.passes) == 1 else c.passes
     made.epochs = made.patience = dict(zip(c.rows, passes))[one.rows]

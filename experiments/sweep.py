@@ -209,7 +209,7 @@ def read_winners(path: Path, c: ml_collections.ConfigDict) -> dict[str, Any]:
         if said.get(name) != wanted:
             raise ValueError(
                 f"{path} holds winners of {name} {said.get(name)!r}; expected {wanted!r}: run experiments/sweep.py for "
-                "it, with an --config.out= of its own"
+                "it, with an --config.out= of its own, and name its winners.json by --config.winners="
             )
     return saved["methods"]
 

@@ -2,12 +2,17 @@
 
     python experiments/compare.py --config=experiments/configs/compare.py
 
-Learning rates and sizes are the winners of `sweep.py`, chosen on validation; with --quick, those of this page.
+Learning rates and sizes are the winners of `sweep.py`, chosen on validation: on the reviews, those in
+experiments/results/reviews-winners.json; with --quick, those of this page.
 """
+
+from pathlib import Path
 
 import ml_collections
 
 from experiments.configs import reviews
+
+WINNERS = Path(__file__).parents[1] / "results" / "reviews-winners.json"
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -18,5 +23,5 @@ def get_config() -> ml_collections.ConfigDict:
     c.rows = (250, 1000, 3000)  # training sentences
     c.passes = (6, 3, 2)  # over each of these; the best is kept
     c.seeds = (0, 1, 2)  # of which sentences, their order, dropout, and what begins at random
-    c.winners = "runs/winners.json"  # of sweep.py, on these data; "" takes the learning rates and sizes of this page
+    c.winners = str(WINNERS)  # or those of another sweep, on these data; "" takes the rates and sizes of this page
     return c
