@@ -1,6 +1,7 @@
 """The scaling page and its plot say what was compiled."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,27 @@ import pytest
 from experiments.bench import scaling
 
 HERE = Path(scaling.__file__).parent
-ROWS = json.loads((HERE / "scaling.json").read_text())
+EVERY = json.loads((HERE / "scaling.json").read_text())
+ROWS = scaling.of(scaling.SCALED, EVERY)
+GIB = 2**30
+
+
+def test_the_readme_is_of_these_rows():
+    """Its table, and what it says of products that are kept."""
+    readme = re.sub(r"\s+", " ", (Path(__file__).parents[1] / "README.md").read_text())
+    beside = scaling.of(scaling.BESIDE, EVERY)
+    assert len(EVERY) == len(scaling.SCALED) + len(scaling.BESIDE) and len(beside) == len(scaling.BESIDE)
+    shown = [r for r in (*ROWS, *beside[:2]) if r["plan"]["topology"] in ("v5e:2x4", "v5e:8x8", "v5p:4x4x4")]
+    assert len(shown) == 6
+    for r in shown:
+        sizes = f"{r['arguments'] / GIB:.2f} | {r['temporaries'] / GIB:.2f} | {r['total'] / GIB:.2f} of {r['hbm'] / GIB:.4g}"
+        work = f"{r['flops'] / 1e12:.1f} | {r['cycles'] / 1e6:,.0f} | {scaling.moved(r) / GIB:.1f}"
+        assert f"| {sizes} | {'yes' if r['fits'] else 'no'} | {work} |" in readme, r["plan"]
+    said = [f"{r['total'] / GIB:.2f} GiB" for r in beside[2:]] + [f"{r['cycles'] / 1e6:,.0f} Mcycles" for r in beside[2:]]
+    lora, full = beside[2:]
+    ratios = (lora["flops"] / full["flops"], lora["cycles"] / full["cycles"], lora["cycles_once"] / full["cycles_once"])
+    said += [f"(LoRA {ratios[0]:.2f} of it)", f"({ratios[1]:.2f})", f"{ratios[2]:.2f} here"]
+    assert [words for words in said if words not in readme] == []
 
 
 def test_the_page_is_of_these_rows():
@@ -35,4 +56,4 @@ def test_the_plot_is_drawn(tmp_path):
 
 def test_what_does_not_compile_is_said(tmp_path):
     with pytest.raises(SystemExit, match="scaling: v9:2x4, lora: plan: topology 'v9:2x4': expected local, or a slice"):
-        scaling.compiled("v9:2x4", "lora")
+        scaling.compiled(scaling.Plan("v9:2x4", "lora"))

@@ -3,11 +3,14 @@
     python experiments/bench/scaling.py
 
 compiles a step of LoRA and of full fine-tuning for v5e slices (the extra `plan` brings the compiler), an example of 4,096
-tokens for each chip, everything split over all chips ("fsdp"). It writes `scaling.json`, and from it `scaling.md` and
-`scaling.png`. What `scaling.json` holds already is not compiled again: a row takes about two minutes.
+tokens for each chip, everything split over all chips ("fsdp"), and what the README shows beside these. It writes
+`scaling.json`, and from it `scaling.md` and `scaling.png`. What `scaling.json` holds already is not compiled again: a row
+takes about two minutes.
 """
 
 import argparse
+import dataclasses
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -29,25 +32,47 @@ GIB = 2**30
 Row = dict[str, Any]
 
 
-def compiled(topology: str, method: str, model: Path = MODEL, length: int = 4096) -> Row:
-    """The plan of one method on one slice, in a process of its own."""
-    command = [sys.executable, "-m", "peftjax.plan", f"--model={model}", f"--topology={topology}", "--mesh=fsdp:-1"]
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a row is of: the flags of `peftjax.plan`; of `batch`, None is an example for each chip."""
+
+    topology: str
+    method: str
+    mesh: str = "fsdp:-1"
+    remat: str = "layers"
+    batch: int | None = None
+
+
+SCALED = [Plan(topology, name) for name in METHODS for topology in SLICES.values()]
+BESIDE = [
+    *(Plan("v5p:4x4x4", name) for name in METHODS),
+    Plan("v5e:2x4", "lora", "fsdp:4,model:2", "products", 4),
+    Plan("v5e:2x4", "full", "fsdp:4,model:2", "layers", 4),
+]
+
+
+def compiled(plan: Plan, model: Path = MODEL, length: int = 4096) -> Row:
+    """A row, compiled in a process of its own."""
+    command = [sys.executable, "-m", "peftjax.plan", f"--model={model}", f"--topology={plan.topology}"]
+    command += [f"--mesh={plan.mesh}", f"--remat={plan.remat}", *([f"--batch={plan.batch}"] if plan.batch else [])]
     env = {"JAX_PLATFORMS": "cpu", **os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [*command, f"--length={length}", f"--methods={method}", "--json"],
+        [*command, f"--length={length}", f"--methods={plan.method}", "--json"],
         cwd=ROOT,
         env=env,
         capture_output=True,
         text=True,
     )
     if done.returncode:
-        raise SystemExit(f"scaling: {topology}, {method}: {done.stderr.strip().splitlines()[-1]}")
-    return row_of(json.loads(done.stdout)[0])
+        raise SystemExit(f"scaling: {plan.topology}, {plan.method}: {done.stderr.strip().splitlines()[-1]}")
+    by = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+    return {"plan": dataclasses.asdict(plan), **json.loads(done.stdout)[0], "versions": by}
 
 
-def row_of(cost: Row) -> Row:
-    """What is kept of a plan: all but how long it took here."""
-    return {name: value for name, value in cost.items() if name not in ("seconds", "error")}
+def of(plans: Sequence[Plan], rows: Sequence[Row]) -> list[Row]:
+    """The rows of some plans, in their order, of those that are there."""
+    by = {Plan(**r["plan"]): r for r in rows}
+    return [by[plan] for plan in plans if plan in by]
 
 
 def moved(row: Row) -> int:
@@ -116,15 +141,13 @@ def main() -> None:
     asked = parser.parse_args()
     kept = asked.out / "scaling.json"
     rows = json.loads(kept.read_text()) if kept.is_file() and not asked.again else []
-    for name in METHODS:
-        for chips, topology in SLICES.items():
-            if not any((r["name"], r["devices"]) == (name, chips) for r in rows):
-                rows.append(compiled(topology, name))
-                kept.write_text(json.dumps(rows, indent=1) + "\n")
-                print(f"{name} on {chips} chips", flush=True)
-    rows.sort(key=lambda r: (list(METHODS).index(r["name"]), r["devices"]))
-    (asked.out / "scaling.md").write_text(page(rows))
-    plot(rows, asked.out / "scaling.png")
+    for plan in (*SCALED, *BESIDE):
+        if not of([plan], rows):
+            rows.append(compiled(plan))
+            kept.write_text(json.dumps(rows, indent=1) + "\n")
+            print(f"{plan} in {rows[-1]['seconds']:.0f} s", flush=True)
+    (asked.out / "scaling.md").write_text(page(of(SCALED, rows)))
+    plot(of(SCALED, rows), asked.out / "scaling.png")
 
 
 if __name__ == "__main__":
