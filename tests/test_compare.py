@@ -68,6 +68,23 @@ def test_a_sweep_goes_on(swept):
     }  # fmt: skip
 
 
+def test_the_committed_winners_are_those_of_the_committed_runs():
+    """And the README and the page show them."""
+    c, folder = sweeping.get_config(), comparing.WINNERS.parent
+    ledger, values = Ledger(folder / "reviews-sweep.jsonl", sweep.VERSION), {}
+    for one in sweep.settings(c):
+        keys = [sweep.kept(one.laid(c, seed), one.method, sweep.FREE) for seed in c.seeds]
+        values[one] = [ledger.find(key)["value"] for key in keys]
+    best = sweep.read_winners(comparing.WINNERS, c)
+    assert best == {name: {**x, "rows": c.rows} for name, x in sweep.winners(values).items()} and set(best) == set(c.methods)
+    readme = (sweep.Path(sweep.__file__).parents[1] / "README.md").read_text()
+    for name, x in best.items():
+        size = "-" if x["size"] is None else x["size"]
+        cells = (f"{x['rate']:g}", size, f"{x['value']:.3f} ({x['deviation']:.3f})", f"{x['least']:.3f}", x["tried"])
+        assert f"| {comparison.name(name)} | {' | '.join(map(str, cells))} |" in readme, name
+        assert f"{name:<8} {x['rate']:<6g} {size!s:<5} {x['value']:.3f} ({x['deviation']:.3f})" in sweeping.__doc__, name
+
+
 def test_tries_are_drawn(swept):
     c = sweeping.get_config()
     c.tries = 2
