@@ -62,13 +62,18 @@ def losses(step, state, first=0, last=6):
     return found, state
 
 
-def child(index, port, folder, out):
-    """One of two processes of two devices: three steps, a checkpoint, and three more from it on another mesh."""
+def joined(index, port):
+    """Makes this process one of two, of two devices each."""
     os.environ["XLA_FLAGS"] = re.sub(r"device_count=\d+", "device_count=2", os.environ["XLA_FLAGS"])
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_numpy_dtype_promotion", "standard")
     jax.config.update("jax_numpy_rank_promotion", "allow")
     join(f"127.0.0.1:{port}", 2, index, timeout=120)
+
+
+def child(index, port, folder, out):
+    """One of two processes of two devices: three steps, a checkpoint, and three more from it on another mesh."""
+    joined(index, port)
     assert (jax.process_count(), jax.device_count()) == (2, 4)
     step, state = begin(make_mesh("data:2,model:2"))
     assert step.share == (index, 2)
@@ -89,11 +94,7 @@ def child(index, port, folder, out):
 
 def saving(index, port, folder, out):
     """One of two processes that save after every step, of twelve, and go on from what is saved; a file says how far."""
-    os.environ["XLA_FLAGS"] = re.sub(r"device_count=\d+", "device_count=2", os.environ["XLA_FLAGS"])
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.config.update("jax_numpy_dtype_promotion", "standard")
-    jax.config.update("jax_numpy_rank_promotion", "allow")
-    join(f"127.0.0.1:{port}", 2, index, timeout=120)
+    joined(index, port)
     (step, state), found = begin(make_mesh("data:2,model:2")), []
     with Runs(folder / "runs", METHOD) as runs:
         state, data = runs.restore(state) or (state, {"batch": 0})
@@ -116,11 +117,7 @@ def absent(index, port, out):
 
 def stopping(index, port, folder, checkpoints, out):
     """One of two processes that train a step, and then judge for a minute; a file says that they do."""
-    os.environ["XLA_FLAGS"] = re.sub(r"device_count=\d+", "device_count=2", os.environ["XLA_FLAGS"])
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.config.update("jax_numpy_dtype_promotion", "standard")
-    jax.config.update("jax_numpy_rank_promotion", "allow")
-    join(f"127.0.0.1:{port}", 2, index, timeout=120)
+    joined(index, port)
     step, state = begin(make_mesh("data:2,model:2"))
     epoch = lambda number: batches(IDS[:8], {"label": np.zeros(8, np.int32)}, 8, (4,), (0,), step.share)
 
