@@ -16,8 +16,10 @@ validation accuracy (its deviation over seeds 0 and 1), and the least mean of al
     full     0.0003 -     0.841 (0.002)   0.821
     scratch  0.0003 -     0.575 (0.090)   0.511
 
-The 84 runs are in experiments/results/reviews-sweep.jsonl: two and a half hours of two cores, shared with other
-work. Where the rate that wins is the highest that was tried, a higher one might do better still.
+The 84 runs are in experiments/results/reviews-sweep.jsonl: two and a half hours of two cores, shared with other work.
+Its last eleven rows try the next rates above: LoRA at 0.01 and BitFit at 0.03 end at chance (0.511), IA3 at 0.1 has 0.821,
+DoRA of rank 4 at 0.01 0.598, full fine-tuning at 0.001 0.711 (seed 0 alone). Of adapters and prefixes, whose best rates
+are the highest that were tried, too, higher ones might do better still.
 """
 
 import ml_collections
