@@ -62,7 +62,7 @@ def batches(
     if size % share[1]:
         raise ValueError(f"a batch of {size} examples: expected a multiple of {share[1]}, the number of processes")
     plan = _plan(lengths_of(ids), size, widths, None if seed is None else np.random.default_rng(seed))
-    part = slice(size * share[0] // share[1], size * (share[0] + 1) // share[1])
+    part = _part(size, share)
     return grain.MapDataset.source(plan).map(lambda chosen: _batch(ids, columns, size, *chosen, part))
 
 
@@ -75,8 +75,14 @@ def one_of_each(
 ) -> list[Batch]:
     """A batch of each width that `batches` of these arguments has: of one example, over and over."""
     found, first = np.unique(np.searchsorted(widths, lengths_of(ids)), return_index=True)
-    part = slice(size * share[0] // share[1], size * (share[0] + 1) // share[1])
+    part = _part(size, share)
     return [_batch(ids, columns, size, widths[w], np.array([k]), part) for w, k in zip(found, first)]
+
+
+def _part(size: int, share: tuple[int, int]) -> slice:
+    """Which examples of a batch are the k-th of n equal parts."""
+    k, n = share
+    return slice(size * k // n, size * (k + 1) // n)
 
 
 def _plan(

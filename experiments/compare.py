@@ -127,8 +127,7 @@ def page(c: ml_collections.ConfigDict, one: Run) -> ml_collections.ConfigDict:
             "winners.json by --config.winners="
         )
     made = Setting(one.method, best["rate"], best["size"]).laid(c, one.seed)
-    passes = itertools.cycle(c.passes) if len(c.passes) == 1 else c.passes
-    made.epochs = made.patience = dict(zip(c.rows, passes))[one.rows]
+    made.epochs = made.patience = dict(zip(c.rows, itertools.cycle(c.passes)))[one.rows]
     return made
 
 
@@ -220,9 +219,9 @@ def main(_: list[str]) -> None:
     assets.keep_compiled()
     try:
         c = pages.read()
-        pages.refuse(unheeded(c))
         if flags.FLAGS.quick:
             quicken(c, flags.FLAGS["config"].override_values)
+        pages.refuse(unheeded(c))
         run(c, Console())
     except (ValueError, OSError, FloatingPointError, assets.Missing, Interrupted) as error:
         raise SystemExit(f"compare: {error}") from error

@@ -115,12 +115,12 @@ def metadata(name: str, tries: int = 6) -> str | None:
     address = f"http://{server}/computeMetadata/v1/instance/attributes/{name}"
     request = urllib.request.Request(address, headers={"Metadata-Flavor": "Google"})
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the server is the machine's own
-    for left in reversed(range(tries)):
+    for _ in range(tries):
         try:
             with direct.open(request, timeout=5) as answer:
                 return answer.read().decode()
         except urllib.error.HTTPError as error:  # there is a server, and it may be busy
-            if error.code < 500 or not left:
+            if error.code < 500:
                 return None
             time.sleep(0.5)
         except OSError:

@@ -200,6 +200,7 @@ def test_a_quick_comparison_is_what_flags_ask_for():
     assert {one.rows for one in made} == {100, 250}
     assert {one.seed for one in made} == {0} and values["config"].value.winners == ""
     assert compare.page(values["config"].value, made[-1]).epochs == 3
+    assert "rate" not in compare.unheeded(values["config"].value)  # which its own page says now
 
 
 def test_the_paired_difference():
