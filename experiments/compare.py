@@ -22,7 +22,7 @@ from absl import app, flags
 from rich.console import Console
 
 import peftjax as pj
-from experiments import assets, baselines, comparison, data, finetune, pages, recipes, report, running, sweep, tasks
+from experiments import assets, baselines, comparison, finetune, pages, recipes, report, running, sweep, tasks
 from experiments.data import Dataset, Rows
 from experiments.interruption import Interrupted
 from experiments.ledger import Ledger
@@ -48,7 +48,7 @@ BASELINES = {"words": baselines.words, "probe": baselines.probe}
 QUICK = {
     "methods": ("lora", "adapter", "prompt", "full", "scratch"),
     "rows": (250,),
-    "passes": (4,),
+    "passes": (3,),
     "seeds": (0,),
     "winners": "",
 }
@@ -96,7 +96,7 @@ def run(c: ml_collections.ConfigDict, console: Console) -> list[dict[str, Any]]:
     Returns:
       The results of these runs.
     """
-    wanted, same = runs(c), data.identity(c.data)
+    wanted, same = runs(c), finetune.identity(c)
     ledger, laid = Ledger(Path(c.out) / "compare.jsonl", VERSION), {one: page(c, one) for one in wanted}
     settings = {one: {**kept_of(laid[one], one), **same, **dataclasses.asdict(one)} for one in wanted}
     if todo := [one for one in wanted if ledger.find(settings[one]) is None]:
@@ -203,9 +203,10 @@ class Lab:
 
 def unheeded(c: ml_collections.ConfigDict) -> dict[str, str]:
     """The settings of a page that a comparison replaces, and what says them here."""
-    size = {f"{name}.{size}": "c.winners says it" for name, size in recipes.METHODS.items() if size}
-    won = {"rate": "c.winners says them", **size} if c.winners else {}
-    return {**sweep.REPLACED, "epochs": "c.passes says it", "patience": "the best of all c.passes is kept", **won}
+    best = read_winners(Path(c.winners), c) if c.winners else {}
+    sizes = {f"{name}.{recipes.METHODS[name]}": "c.winners says it" for name, x in best.items() if x["size"] is not None}
+    won = {"rate": "c.winners says them"} if best else {}
+    return {**sweep.REPLACED, "epochs": "c.passes says it", "patience": "the best of all c.passes is kept", **won, **sizes}
 
 
 def quicken(c: ml_collections.ConfigDict, given: Iterable[str]) -> None:

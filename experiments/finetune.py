@@ -33,6 +33,7 @@ from experiments.baselines import Baseline, Baselines
 from experiments.batches import Batch, batches, one_of_each
 from experiments.data import Rows
 from experiments.interruption import Interrupted
+from experiments.models import load
 from experiments.models.bert import RULES
 from experiments.schedules import at_rate
 from experiments.tasks import Encoded, Result
@@ -134,7 +135,12 @@ class Place:
 
 def place(c: ml_collections.ConfigDict) -> Place:
     """That of the run of a page."""
-    return Place(folder_of_run(c), {**c.to_dict(), **data.identity(c.data)})
+    return Place(folder_of_run(c), {**c.to_dict(), **identity(c)})
+
+
+def identity(c: ml_collections.ConfigDict) -> dict[str, str]:
+    """What, beside their names, tells the files and folders that a page names from what they held before."""
+    return {**data.identity(c.data), **load.identity(c.model)}
 
 
 def fit(

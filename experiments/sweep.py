@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 import peftjax as pj
-from experiments import assets, data, finetune, pages, recipes, running, tasks
+from experiments import assets, finetune, pages, recipes, running, tasks
 from experiments.data import Rows
 from experiments.interruption import Interrupted
 from experiments.ledger import Ledger
@@ -119,7 +119,7 @@ def run(c: ml_collections.ConfigDict, console: Console) -> dict[str, Any]:
     ledger = Ledger(Path(c.out) / "sweep.jsonl", VERSION)
     if path.is_file():
         read_winners(path, c)  # of another version or data set, they stop a sweep before its hours of work
-    same = data.identity(c.data)
+    same = finetune.identity(c)
     keys = {(one, seed): {**kept(one.laid(c, seed), one.method, FREE), **same} for one in tried for seed in c.seeds}
     todo = [both for both, key in keys.items() if ledger.find(key) is None]
     if todo:
@@ -184,7 +184,7 @@ def winners(values: Mapping[Setting, list[float]]) -> dict[str, dict[str, Any]]:
 
 def origin(c: ml_collections.ConfigDict) -> dict[str, str]:
     """Of what the winners of a page are: on other data, another model or another task, other settings win."""
-    return {**{name: c[name] for name in UNSAID}, **data.identity(c.data)}
+    return {**{name: c[name] for name in UNSAID}, **finetune.identity(c)}
 
 
 def read_winners(path: Path, c: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -85,6 +88,18 @@ def test_the_committed_winners_are_those_of_the_committed_runs():
         assert f"{name:<8} {x['rate']:<6g} {size!s:<5} {x['value']:.3f} ({x['deviation']:.3f})" in sweeping.__doc__, name
 
 
+def test_sizes_that_were_not_swept_are_those_of_the_page(tmp_path):
+    c = comparing.get_config()
+    c.winners = str(tmp_path / "winners.json")
+    won = {"loha": {"rate": 0.1, "size": None}, "lora": {"rate": 0.2, "size": 4}}
+    (tmp_path / "winners.json").write_text(json.dumps({"version": sweep.VERSION, "methods": won}))
+    c.methods, c.baselines, c.loha.rank = ("loha", "lora"), (), 3
+    ranks = {one.method: compare.page(c, one)[one.method].rank for one in compare.runs(c)}
+    assert ranks == {"loha": 3, "lora": 4}
+    unheeded = compare.unheeded(c)
+    assert "lora.rank" in unheeded and "loha.rank" not in unheeded and "rate" in unheeded
+
+
 def test_tries_are_drawn(swept):
     c = sweeping.get_config()
     c.tries = 2
@@ -128,6 +143,21 @@ def test_a_comparison_is_not_done_twice(compared):
     c, results, _ = compared
     again, said = printed(compare.run, c)
     assert again == results and " of " not in said.split("runs are in")[0].split("\n")[0]
+
+
+@pytest.mark.full
+def test_the_scripts_run_as_files(place, tmp_path):  # noqa: F811
+    """The comparison with what the sweep before it has won."""
+    tiny = {"model": place / "model", "data": place / "mine.csv", "length": 8, "fixed": True, "batch": 16, "out": tmp_path}
+    swept = {"methods": "head", "rates.head": "0.03,", "rows": 32, "epochs": 1, "seeds": "0,"}
+    compared = {"methods": "head", "rows": "32,", "passes": "2,", "seeds": "0,", "winners": tmp_path / "winners.json"}
+    for script, own, said in ((sweep, swept, "Best on validation"), (compare, compared, "compare.html")):
+        command = [sys.executable, script.__file__, *(f"--config.{k}={v}" for k, v in (tiny | own).items())]
+        env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"XDG_CACHE_HOME": str(tmp_path)}
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0 and said in done.stdout, done.stderr
+    methods = [json.loads(line)["results"]["method"] for line in (tmp_path / "compare.jsonl").read_text().splitlines()]
+    assert methods == ["words", "probe", "head"] and (tmp_path / "compare.html").is_file()
 
 
 @pytest.fixture
@@ -184,7 +214,7 @@ def test_without_winners_the_page_says_the_rate():
     c.update(compare.QUICK)
     made = {one.method: compare.page(c, one) for one in compare.runs(c)}
     assert list(made) == ["words", "probe", "lora", "adapter", "prompt", "full", "scratch"]
-    assert (made["lora"].rate.lora, made["lora"].lora.rank, made["lora"].epochs) == (c.rate.lora, c.lora.rank, 4)
+    assert (made["lora"].rate.lora, made["lora"].lora.rank, made["lora"].epochs) == (c.rate.lora, c.lora.rank, 3)
 
 
 def test_a_quick_comparison_is_what_flags_ask_for():

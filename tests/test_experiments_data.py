@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from experiments import assets, catalogue, data, reviews
 from experiments.batches import batches, lengths, one_of_each
 from experiments.columns import Picked, Texts
+from experiments.models import load
 from experiments.tokens import Tokens
 
 # Assets
@@ -447,6 +448,15 @@ def test_a_file_is_known_by_what_it_holds(tmp_path):
     before = data.identity(path)
     written(tmp_path, "mine.csv", "text,label\na,1\n")
     assert data.identity(path) != before and data.identity("reviews") == data.identity("glue/sst2:1.0.0") == {}
+
+
+def test_a_model_folder_is_known_by_what_it_holds(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    before = load.identity(str(tmp_path))
+    (tmp_path / "notes.txt").write_text("which no model is made of")
+    assert load.identity(str(tmp_path)) == before and len(before["model_digest"]) == 64
+    (tmp_path / "config.json").write_text('{"vocab_size": 3}')
+    assert load.identity(str(tmp_path)) != before and load.identity("minilm") == {}
 
 
 # Batches

@@ -1,5 +1,6 @@
 """The notebooks run from top to bottom, in a kernel of their own, with small settings."""
 
+import base64
 import json
 import os
 import re
@@ -58,6 +59,14 @@ def printed(notebook):
     return "\n".join(out.text if out.output_type == "stream" else out.data.get("text/plain", "") for out in outs)
 
 
+def pictures(notebook):
+    """How many pictures the cells drew."""
+    outs = [out for cell in notebook.cells for out in cell.get("outputs", ())]
+    drawn = [base64.b64decode(out.data["image/png"]) for out in outs if "image/png" in out.get("data", ())]
+    assert all(picture.startswith(b"\x89PNG\r\n\x1a\n") for picture in drawn)
+    return len(drawn)
+
+
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.stem)
 def test_notebooks_are_kept_without_results(path):
     """They open in Colab from their own place, hold no results, and bring no other jax."""
@@ -99,8 +108,9 @@ def test_where_the_repository_is_not_it_is_cloned_once(name, tmp_path):
 
 def test_sharded(place, folder):  # noqa: F811
     small = {"model": str(place / "model"), "rows": str(place / "mine.csv"), "length": 8, "batch": 16}
-    found = printed(executed("sharded", folder, **small, steps=8, every=2, plan_length=16))
-    assert "8 x cpu" in found and "{'data': 2, 'fsdp': 2, 'model': 2}" in found
+    notebook = executed("sharded", folder, **small, steps=8, every=2, plan_length=16)
+    found = printed(notebook)
+    assert pictures(notebook) == 1 and "8 x cpu" in found and "{'data': 2, 'fsdp': 2, 'model': 2}" in found
     assert re.search(r"all-reduce +\d+ times", found)
     assert "step 4: loss" in found and "ended with -9" in found
     after = int(re.search(r"goes on after step (\d+) with \{'batch': \1\}", found)[1])
@@ -112,8 +122,9 @@ def test_sharded(place, folder):  # noqa: F811
 @pytest.mark.parametrize("method", ["adapter", pytest.param("lora", marks=pytest.mark.full)])
 def test_quickstart(method, place, folder):  # noqa: F811
     small = {"model": str(place / "model"), "rows": str(place / "mine.csv"), "length": 8, "batch": 16, "most": 128}
-    found = printed(executed("quickstart", folder, **small, method=method, rate=3e-2, rates=(1e-3,), epochs=2))
-    assert re.search(r"on \d+ x cpu \(cpu\)", found)
+    notebook = executed("quickstart", folder, **small, method=method, rate=3e-2, rates=(1e-3,), epochs=2)
+    found = printed(notebook)
+    assert pictures(notebook) == 1 and re.search(r"on \d+ x cpu \(cpu\)", found)
     assert "bert/encoder/layer/0/attention/self/query/kernel" in found
     assert "the largest change of a logit: 0.0" in found and "merged: 0" in found
     assert "the pretrained arrays are the same ones: True" in found and "the same logits: True" in found

@@ -1,5 +1,6 @@
 """Reads a Hugging Face checkpoint of BERT, strictly: a `config.json` and a `model.safetensors`."""
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from safetensors.flax import load_file
 
 from experiments.models.bert import Bert, Config, read_config
 
+FILES = ("config.json", "model.safetensors", "tokenizer.json")
 # What a checkpoint may hold beside the encoder: an index that newer versions compute, and the heads of other tasks.
 IGNORED = re.compile(r"(embeddings\.position_ids|(cls|classifier|qa_outputs)\..*)")
 
@@ -29,13 +31,25 @@ def folder_of(model: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(model, allow_patterns=["config.json", "model.safetensors", "tokenizer.json"]))
+        return Path(snapshot_download(model, allow_patterns=list(FILES)))
     except Exception as error:
         raise ValueError(
             f"model {model!r} is no folder, and could not be had from the Hugging Face hub ({type(error).__name__}). "
             "Without a network, give a folder with config.json, model.safetensors and tokenizer.json, or leave the "
             "default model"
         ) from error
+
+
+def identity(model: str) -> dict[str, str]:
+    """What, beside its name, tells a local checkpoint from what its folder held before; nothing of one of the hub."""
+    if not Path(model).is_dir():
+        return {}
+    whole = hashlib.sha256()
+    for name in FILES:
+        if (path := Path(model) / name).is_file():
+            with path.open("rb") as file:
+                whole.update(name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return {"model_digest": whole.hexdigest()}
 
 
 def load(folder: str | Path, pool: str = "mean") -> tuple[Config, dict[str, Any]]:
