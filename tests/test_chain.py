@@ -221,8 +221,8 @@ def same(a, b):
     return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
-def close(got, want, what="", top=0.0):
-    np.testing.assert_allclose(got, want, atol=2e-5 * max(np.abs(want).max(), top), rtol=0, err_msg=what)
+def close(got, want, what="", top=0.0):  # in f32 two orders of the same sums are up to 2.4e-5 apart, of LoRA everywhere
+    np.testing.assert_allclose(got, want, atol=1e-4 * max(np.abs(want).max(), top), rtol=0, err_msg=what)
 
 
 @pytest.mark.parametrize("chain, model", CASES + MORE)
