@@ -36,6 +36,8 @@ TEST = [
     "pytest-xdist>=3.5",
     "hypothesis",
     "transformers>=4.57,<5",  # the last line with Flax models, which the tests use as models written by others
+    "equinox",
+    "dm-haiku",
     "nbclient",  # runs the notebooks
     "ipykernel",  # their kernel
     "mypy",
@@ -53,7 +55,6 @@ setup(
     package_data={"peftjax": ["py.typed"]},
     install_requires=CORE,
     extras_require={
-        "optim": ["optax>=0.2.4"],
         "experiments": EXPERIMENTS,
         "test": TEST,
         "interop": ["torch", "peft>=0.21"],  # to have HF peft itself read what is written

@@ -74,9 +74,14 @@ def one_of_each(
     share: tuple[int, int] = (0, 1),
 ) -> list[Batch]:
     """A batch of each width that `batches` of these arguments has: of one example, over and over."""
-    found, first = np.unique(np.searchsorted(widths, lengths_of(ids)), return_index=True)
+    found, first = first_of_each(ids, widths)
     part = _part(size, share)
     return [_batch(ids, columns, size, widths[w], np.array([k]), part) for w, k in zip(found, first)]
+
+
+def first_of_each(ids: Sequence[Sequence[int]], widths: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Which widths some examples need, and the first of each."""
+    return np.unique(np.searchsorted(widths, lengths_of(ids)), return_index=True)
 
 
 def _part(size: int, share: tuple[int, int]) -> slice:

@@ -12,7 +12,7 @@ import functools
 import itertools
 import sys
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any, Iterable, Mapping
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -46,7 +46,7 @@ FREE = (
 )
 BASELINES = {"words": baselines.words, "probe": baselines.probe}
 QUICK = {
-    "methods": ("lora", "adapter", "prompt", "full", "scratch"),
+    "methods": ("lora", "adapter", "full", "scratch"),
     "rows": (250,),
     "passes": (3,),
     "seeds": (0,),
@@ -67,8 +67,10 @@ def runs(c: ml_collections.ConfigDict) -> list[Run]:
     """The runs of a page, seed by seed.
 
     Raises:
-      ValueError: a method or a baseline that is not known, other words than numbers, or more passes than rows.
+      ValueError: a method or a baseline that is not known, other words than numbers, fewer rows than a batch, or more
+        passes than rows.
     """
+    running.check(c)
     check_numbers(c, "rows", "passes", "seeds")
     if c.task != "classify":
         raise ValueError(f"task {c.task!r}: methods are compared on 'classify'")
@@ -82,6 +84,8 @@ def runs(c: ml_collections.ConfigDict) -> list[Run]:
             f"passes {tuple(c.passes)} over rows {tuple(c.rows)}: expected a number for each, from 1, or one for all; set "
             "--config.passes="
         )
+    if min(c.rows) < c.batch and not set(names) <= set(BASELINES):
+        raise ValueError(f"rows {tuple(c.rows)}: expected {c.batch} at least, which are a batch; set --config.batch=")
     each = itertools.product(dict.fromkeys(c.seeds), dict.fromkeys(c.rows), dict.fromkeys(names))
     return [Run(name, n, seed) for seed, n, name in each]
 
@@ -96,8 +100,8 @@ def run(c: ml_collections.ConfigDict, console: Console) -> list[dict[str, Any]]:
     Returns:
       The results of these runs.
     """
-    wanted, same = runs(c), finetune.identity(c)
-    ledger, laid = Ledger(Path(c.out) / "compare.jsonl", VERSION), {one: page(c, one) for one in wanted}
+    wanted, best, same = runs(c), winners(c), finetune.identity(c)
+    ledger, laid = Ledger(Path(c.out) / "compare.jsonl", VERSION), {one: page(c, one, best) for one in wanted}
     settings = {one: {**kept_of(laid[one], one), **same, **dataclasses.asdict(one)} for one in wanted}
     if todo := [one for one in wanted if ledger.find(settings[one]) is None]:
         lab = Lab(c, console)
@@ -115,18 +119,29 @@ def run(c: ml_collections.ConfigDict, console: Console) -> list[dict[str, Any]]:
     return results
 
 
-def page(c: ml_collections.ConfigDict, one: Run) -> ml_collections.ConfigDict:
-    """The page of one run, with the learning rate and the size that won."""
-    if one.method in BASELINES:
-        return c
-    usual = {one.method: {"rate": c.rate[one.method], "size": None}}
-    best = (read_winners(Path(c.winners), c) if c.winners else usual).get(one.method)
-    if best is None:
+def winners(c: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The learning rate and the size of each method that a page names: those that won, or the page's own.
+
+    Raises:
+      ValueError: a method without a winner, or what `read_winners` raises.
+    """
+    names = [name for name in listed(c.methods) if name]
+    if not c.winners:
+        return {name: {"rate": c.rate[name], "size": None} for name in names}
+    best = read_winners(Path(c.winners), c)
+    if missing := [name for name in names if name not in best]:
         raise ValueError(
-            f"{c.winners} has no winner of {one.method!r}; expected one: run experiments/sweep.py for it, and name its "
+            f"{c.winners} has no winner of {missing[0]!r}; expected one: run experiments/sweep.py for it, and name its "
             "winners.json by --config.winners="
         )
-    made = Setting(one.method, best["rate"], best["size"]).laid(c, one.seed)
+    return {name: best[name] for name in names}
+
+
+def page(c: ml_collections.ConfigDict, one: Run, best: Mapping[str, Mapping[str, Any]]) -> ml_collections.ConfigDict:
+    """The page of one run, with the learning rate and the size of its method."""
+    if one.method in BASELINES:
+        return c
+    made = Setting(one.method, best[one.method]["rate"], best[one.method]["size"]).laid(c, one.seed)
     made.epochs = made.patience = dict(zip(c.rows, itertools.cycle(c.passes)))[one.rows]
     return made
 
@@ -151,6 +166,7 @@ class Lab:
         self.task, self.data = tasks.read(c)
         model = Page(c.model, c.pool, c.length, c.fixed, self.task)
         self.model, self._tools = TextModel(model, c.dropout), {}
+        subset(self.data.train, max(c.rows), 0)  # raises where there are fewer
 
     @functools.cached_property
     def test(self) -> Rows:

@@ -3,16 +3,18 @@
 import base64
 import html
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 import numpy as np
 import scipy.stats
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from rich import box
 from rich.table import Table
 
-from experiments.report import BARS, COLOURS, MARKS, Result, axes_of, groups, mean, named, spread
+from experiments import record
+from experiments.report import BARS, Result, axes_of, groups, mean, named, spread, style
 
 NAMES = {
     "words": "TF-IDF + logistic regression",
@@ -46,6 +48,12 @@ def correct(one: Result) -> np.ndarray:
     return np.unpackbits(np.frombuffer(bytes.fromhex(one["correct"]), np.uint8))[: one["tested"]].astype(bool)
 
 
+def paired(mine: Sequence[Result], theirs: Sequence[Result]) -> list[tuple[Result, Result]]:
+    """The runs of two methods of the same seed."""
+    by_seed = {one["seed"]: one for one in theirs}
+    return [(one, by_seed[one["seed"]]) for one in mine if one["seed"] in by_seed]
+
+
 def difference(mine: Sequence[Result], theirs: Sequence[Result]) -> tuple[float, float, float]:
     """By how much one method is more accurate than another on the same test rows and seeds, with its 95 % interval.
 
@@ -59,9 +67,7 @@ def difference(mine: Sequence[Result], theirs: Sequence[Result]) -> tuple[float,
     Raises:
       ValueError: there is no seed that both have.
     """
-    by_seed = {one["seed"]: one for one in theirs}
-    both = [(one, by_seed[one["seed"]]) for one in mine if one["seed"] in by_seed]
-    if not both:
+    if not (both := paired(mine, theirs)):
         raise ValueError("no seed that both methods have")
     d = np.array([correct(a).astype(float) - correct(b) for a, b in both])
     parts = [(x.var(ddof=1) / len(x), len(x) - 1) for x in (d.mean(0), d.mean(1)) if len(x) > 1]
@@ -90,10 +96,11 @@ def table(results: Sequence[Result]) -> Table:
 
 def _apart(mine: Sequence[Result], full: Sequence[Result]) -> str:
     """The difference in points, with its 95 % interval."""
-    if not mine or not full or mine[0]["method"] == "full":
+    seeds = len(paired(mine, full))
+    if not seeds or mine[0]["method"] == "full":
         return "-"
     much, low, high = (100 * x for x in difference(mine, full))
-    alone = "" if len(mine) > 1 else ", one seed"
+    alone = "" if seeds > 1 else ", one seed"
     return f"{much:+.1f} ({low:+.1f} to {high:+.1f}{alone})"
 
 
@@ -116,44 +123,56 @@ def write(results: Sequence[Result], folder: Path) -> list[Path]:
         made.append(folder / f"compare-{what}.png")
         figure.savefig(made[-1], dpi=110)
     made.append(folder / "compare.html")
-    made[-1].write_text(_page(results, dict(zip(figures, made))))
+    record.replace(made[-1], _page(results, dict(zip(figures, made))))
     return made
 
 
-def _style(k: int) -> dict[str, Any]:
-    return {"color": COLOURS[k % 8], "marker": MARKS[k % 8], "markerfacecolor": "white" if k >= 8 else COLOURS[k % 8]}
-
-
 def _scatter(results: Sequence[Result], value: str, label: str) -> Figure:
-    by, (methods, sizes) = groups(results, "method"), axes_of(results, "method")
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axis = figure.subplots()
-    for k, method in enumerate(methods):
-        if not (some := by.get((method, sizes[-1]))):
-            continue
-        (x, _), (y, bar) = mean(some, value), mean(some, "accuracy")
-        axis.errorbar([x], [y], [bar], capsize=3, linestyle="none", label=name(method), **_style(k))
-    named(axis, label, f"test accuracy, {sizes[-1]:,} training rows")
-    axis.xaxis.set_minor_formatter(NullFormatter())
-    figure.supxlabel(BARS, fontsize="small")
-    figure.legend(loc="outside right center", frameon=False)
+    by, largest = groups(results, "method"), axes_of(results, "method")[1][-1]
+
+    def draw(axis: Axes, method: str, **drawn: Any) -> None:
+        if some := by.get((method, largest)):
+            (x, _), (y, bar) = mean(some, value), mean(some, "accuracy")
+            axis.errorbar([x], [y], [bar], capsize=3, linestyle="none", label=name(method), **drawn)
+
+    figure, panels = _panels(results, draw, label, f"test accuracy, {largest:,} rows")
+    for axis in panels:
+        axis.xaxis.set_minor_formatter(NullFormatter())
     return figure
 
 
 def _by_rows(results: Sequence[Result]) -> Figure:
-    by, (methods, sizes) = groups(results, "method"), axes_of(results, "method")
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axis = figure.subplots()
-    for k, method in enumerate(methods):
+    by, sizes = groups(results, "method"), axes_of(results, "method")[1]
+
+    def draw(axis: Axes, method: str, **drawn: Any) -> None:
         some = [n for n in sizes if (method, n) in by]
         values, bars = np.transpose([mean(by[method, n], "accuracy") for n in some])
-        axis.errorbar(some, values, bars, capsize=3, label=name(method), linewidth=1.5, **_style(k))
-    named(axis, "training rows", "test accuracy")
-    axis.set_xticks(sizes, [f"{n:,}" for n in sizes])
-    axis.minorticks_off()
-    figure.supxlabel(BARS, fontsize="small")
-    figure.legend(loc="outside right center", frameon=False)
+        axis.errorbar(some, values, bars, capsize=3, label=name(method), linewidth=1.5, **drawn)
+
+    figure, panels = _panels(results, draw, "training rows", "test accuracy")
+    for axis in panels:
+        axis.set_xticks(sizes, [f"{n:,}" for n in sizes])
+        axis.minorticks_off()
     return figure
+
+
+def _panels(results: Sequence[Result], draw: Callable[..., None], x: str, y: str) -> tuple[Figure, Sequence[Axes]]:
+    """Draws each method; one that learns from scratch is so far below the others that these have a panel of their own."""
+    methods = axes_of(results, "method")[0]
+    others = [method for method in methods if method != "scratch"]
+    shown = [others, methods] if 0 < len(others) < len(methods) else [methods]
+    figure = Figure(figsize=(8, 4 + 2 * len(shown)), layout="constrained")
+    panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False, height_ratios=(5, 3)[: len(shown)])[:, 0]
+    for axis, some in zip(panels, shown):
+        for method in some:
+            draw(axis, method, **style(methods.index(method)))
+        named(axis, x if axis is panels[-1] else "", y)
+    if len(shown) == 2:
+        panels[0].set_title("without training from scratch", loc="left", fontsize="medium")
+        panels[1].set_title("all", loc="left", fontsize="medium")
+    figure.supxlabel(BARS, fontsize="small")
+    figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    return figure, panels
 
 
 def _curves(results: Sequence[Result]) -> Figure:
@@ -167,9 +186,9 @@ def _curves(results: Sequence[Result]) -> Figure:
                 continue
             average = lambda what: np.mean([one[what] for one in some], 0)
             passes = np.arange(1, 1 + len(some[0]["validation"]))
-            losses.plot(passes, average("training_loss"), label=name(method), **_style(k))
-            losses.plot(passes, average("validation_loss"), linestyle=":", **_style(k))
-            scores.plot(passes, average("validation"), **_style(k))
+            losses.plot(passes, average("training_loss"), label=name(method), **style(k))
+            losses.plot(passes, average("validation_loss"), linestyle=":", **style(k))
+            scores.plot(passes, average("validation"), **style(k))
         for axis, what in ((losses, "loss: training —, validation ···"), (scores, "validation accuracy")):
             named(axis, f"pass over {n:,} rows", what)
             axis.set_xscale("linear")

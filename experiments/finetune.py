@@ -29,8 +29,8 @@ from rich.console import Console
 
 import peftjax as pj
 from experiments import assets, data, display, pages, processes, recipes, record, running, tasks
-from experiments.baselines import Baseline, Baselines
-from experiments.batches import Batch, batches, one_of_each
+from experiments.baselines import Baseline, Baselines, Encode, Features
+from experiments.batches import Batch, batches, first_of_each, one_of_each
 from experiments.data import Rows
 from experiments.interruption import Interrupted
 from experiments.models import load
@@ -94,10 +94,19 @@ def computed(baselines: Baselines, console: Console) -> list[Baseline]:
     return made
 
 
-def features(c: ml_collections.ConfigDict, model: TextModel) -> Callable[[Rows], np.ndarray]:
-    """Makes what gives the frozen encoder's features of texts, (N, D)."""
+def features(c: ml_collections.ConfigDict, model: TextModel) -> Features:
+    """Makes what compiles the frozen encoder for rows, and gives it as a function of such rows."""
     run = predict(model.features)
-    return lambda rows: run(model.params, batches(model.tokens(rows.texts), {}, c.batch, model.widths), len(rows))
+
+    def encode(rows: Rows) -> np.ndarray:
+        return run(model.params, batches(model.tokens(rows.texts), {}, c.batch, model.widths), len(rows))
+
+    def compiled(*some: Rows) -> Encode:
+        for rows in some:
+            encode(rows[first_of_each(model.tokens(rows.texts), model.widths)[1]])
+        return encode
+
+    return compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +126,28 @@ class Fitted:
     answers: Callable[[Rows], np.ndarray]
 
 
-Tools = dict[Any, tuple[pj.TrainStep, Callable[..., np.ndarray]]]
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What runs of one method share: the step, what gives outputs, and the lengths of batches that were compiled."""
+
+    step: pj.TrainStep
+    run: Callable[..., np.ndarray]
+    widths: set[int] = dataclasses.field(default_factory=set)
+
+    def compile(self, begin: Callable[[], pj.TrainState], each: list[Batch], console: Console) -> None:
+        """Takes a step of each new shape, and forgets it: the seconds of an epoch are then those of training."""
+        if not (new := {batch["ids"].shape[1]: batch for batch in each if batch["ids"].shape[1] not in self.widths}):
+            return
+        start, state = time.perf_counter(), begin()
+        for batch in new.values():
+            state, _ = self.step(state, arrays(batch))
+        jax.block_until_ready(state.step)
+        self.widths.update(new)
+        seconds = time.perf_counter() - start
+        console.print(f"compiled {len(new)} steps, one for each length of a batch, in {seconds:.0f} s")
+
+
+Tools = dict[Any, Compiled]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,10 +214,10 @@ def fit(
     tools, same = {} if tools is None else tools, (repr(method), c.mesh, c.accumulate, c.decay, c.clip)
     if same not in tools:
         step = pj.make_train_step(model.apply, task.loss, tx, mesh, method=method, accumulate=c.accumulate)
-        tools[same] = step, predict(model.apply, step, longest if task.per_token else None)
-        each = one_of_each(examples.ids, examples.columns, c.batch, model.widths, step.share)
-        _compile(step, begin(), each, console)
-    step, run = tools[same]
+        tools[same] = Compiled(step, predict(model.apply, step, longest if task.per_token else None))
+    step, run = tools[same].step, tools[same].run
+    each = one_of_each(examples.ids, examples.columns, c.batch, model.widths, step.share)
+    tools[same].compile(begin, each, console)
     epoch = lambda number: plan(examples.ids, examples.columns, seed=(c.seed, number), share=step.share)
 
     def outputs(tuned: Any, encoded: Encoded, *check: Check) -> np.ndarray:
@@ -216,15 +246,6 @@ def fit(
     if c.method == recipes.SCRATCH:  # what trained, which is all, over the parameters that are there to be read again
         own = pj.insert(method.init(init, model.params, roles), pj.extract(own))
     return Fitted(trained, own, method, answers)
-
-
-def _compile(step: pj.TrainStep, state: pj.TrainState, each: list[Batch], console: Console) -> None:
-    """Takes a step of each shape, and forgets it: the seconds of an epoch are then those of training."""
-    start = time.perf_counter()
-    for batch in each:
-        state, _ = step(state, arrays(batch))
-    jax.block_until_ready(state.step)
-    console.print(f"compiled {len(each)} steps, one for each length of a batch, in {time.perf_counter() - start:.0f} s")
 
 
 def folder_of_run(c: ml_collections.ConfigDict) -> Path:

@@ -28,7 +28,8 @@ class TensorBoard:
         self._writer.close()
 
     def epoch(self, number: int, steps: int, done: int) -> None:
-        """Nothing."""
+        """Finds the step at which a run goes on."""
+        self._step = (number - 1) * steps + done
 
     def step(self, number: int, loss: float, rate: float) -> None:
         """Writes the numbers of a step."""

@@ -1,6 +1,7 @@
 """The flag --config, and reading values of a page that several scripts share."""
 
 import difflib
+import functools
 from pathlib import Path
 from typing import Any, Mapping
 
@@ -59,8 +60,11 @@ def listed(names: Any) -> list[str]:
     return [name.strip() for name in ",".join(map(str, names)).split(",")]
 
 
-def check_numbers(c: ml_collections.ConfigDict, *names: str) -> None:
-    """Raises unless these values of a page hold whole numbers."""
+def check_numbers(c: ml_collections.ConfigDict, *names: str, kind: type | tuple[type, ...] = int) -> None:
+    """Raises unless these values of a page, such as "seeds" or "rates.lora", hold numbers: whole ones, or of another kind."""
     for name in names:
-        if not c[name] or not all(isinstance(x, int) for x in c[name]):
-            raise ValueError(f"{name} {tuple(c[name])}: expected whole numbers, as --config.{name}=0,1")
+        found: Any = functools.reduce(lambda held, part: held[part], name.split("."), c)
+        found = found if isinstance(found, (tuple, list)) else (found,)
+        if not found or not all(isinstance(x, kind) and not isinstance(x, bool) for x in found):
+            said = ("whole numbers", "0,1") if kind is int else ("numbers", "0.001,0.01")
+            raise ValueError(f"{name} {tuple(found)}: expected {said[0]}, as --config.{name}={said[1]}")

@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError('expected --adapter=FOLDER "text" ["text" ...]')
     try:
         found = said(FOLDER.value, argv[1:])
-    except (ValueError, assets.Missing) as error:
+    except (ValueError, FloatingPointError, assets.Missing) as error:
         sys.exit(str(error))
     for text, answer in zip(argv[1 :: len(argv[1:]) // len(found)], found):  # of a question and its context, the first
         print(f"{answer}  {text}")

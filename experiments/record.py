@@ -39,6 +39,13 @@ def append(path: Path, config: Mapping[str, Any], results: Mapping[str, Any]) ->
         file.write(json.dumps(row) + "\n")
 
 
+def replace(path: Path, text: str) -> None:
+    """Writes a whole file; where that stops half-way, what was there before stays."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    part.replace(path)
+
+
 def _cores() -> int | None:
     """How many cores this process may use: they are what its seconds were measured on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

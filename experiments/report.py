@@ -94,14 +94,14 @@ def plot(results: Sequence[Result], path: Path) -> Path:
     by, figure = groups(results), Figure(figsize=(11, 8), layout="constrained")
     axes = figure.subplots(2, 2)
     for k, how in enumerate(strategies):
-        style = {"color": COLOURS[k % 8], "marker": MARKS[k % 8], "label": NAMES[how], "capsize": 3, "linewidth": 1.5}
+        drawn = {**style(k), "label": NAMES[how], "capsize": 3, "linewidth": 1.5}
         some = [n for n in sizes if (how, n) in by]
         for axis, name in zip((axes[0, 0], axes[0, 1], axes[1, 0]), ("test", "gap", "seconds")):
             values, bars = np.transpose([mean(by[how, n], name) for n in some])
-            axis.errorbar(some, values, bars, **style)
+            axis.errorbar(some, values, bars, **drawn)
         last = by[how, some[-1]]
         accuracy, bar = mean(last, "test")
-        axes[1, 1].errorbar([last[0]["trainable"]], [accuracy], [bar], **style)
+        axes[1, 1].errorbar([last[0]["trainable"]], [accuracy], [bar], **drawn)
     for axis, name in zip(
         (axes[0, 0], axes[0, 1], axes[1, 0]), ("test accuracy", "training minus validation", "seconds")
     ):
@@ -116,6 +116,12 @@ def plot(results: Sequence[Result], path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     return path
+
+
+def style(k: int) -> dict[str, Any]:
+    """How the k-th of several is drawn: eight colours, and hollow marks of another shape from the ninth on."""
+    colour = COLOURS[k % 8]
+    return {"color": colour, "marker": MARKS[(k + k // 8) % 8], "markerfacecolor": "white" if k >= 8 else colour}
 
 
 def named(axis: Axes, x: str, y: str) -> None:

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 import peftjax as pj
-from experiments import assets, finetune, pages, recipes, running, tasks
+from experiments import assets, finetune, pages, recipes, record, running, tasks
 from experiments.data import Rows
 from experiments.interruption import Interrupted
 from experiments.ledger import Ledger
@@ -60,18 +60,23 @@ def settings(c: ml_collections.ConfigDict) -> list[Setting]:
     """What is tried, method by method.
 
     Raises:
-      ValueError: a method that is not known, or for which there is no learning rate, or seeds that are no numbers.
+      ValueError: a method that is not known, or for which there is no learning rate, or values that are no numbers.
     """
+    running.check(c)
     check_numbers(c, "seeds")
-    if c.epochs < 1:
-        raise ValueError(f"epochs {c.epochs}; expected 1 at least")
+    for name, least in (("epochs", 1), ("rows", c.batch), ("tries", 0)):
+        if not isinstance(c[name], int) or c[name] < least:
+            raise ValueError(f"{name} {c[name]!r}; expected a whole number, {least} at least")
     made: list[Setting] = []
     for method in dict.fromkeys(listed(c.methods)):
         if method not in recipes.NAMES or not c.rates.get(method):
             raise ValueError(
                 f"method {method!r}; expected one of {', '.join(recipes.NAMES)}, with rates to try: --config.rates.{method}="
             )
-        each = [Setting(method, *x) for x in itertools.product(c.rates[method], c.sizes.get(method, (None,)))]
+        check_numbers(c, f"rates.{method}", kind=(int, float))
+        if sizes := c.sizes.get(method, ()):
+            check_numbers(c, f"sizes.{method}")
+        each = [Setting(method, *x) for x in itertools.product(c.rates[method], sizes or (None,))]
         order = np.random.default_rng(0).permutation(len(each))[: c.tries] if c.tries else range(len(each))
         made += [each[k] for k in sorted(order)]
     return made
@@ -101,7 +106,7 @@ def place(c: ml_collections.ConfigDict, script: str, rows: int, key: Mapping[str
 
 def unheeded(c: ml_collections.ConfigDict) -> dict[str, str]:
     """The settings of a page that a sweep replaces, and what says them here."""
-    sizes = {f"{name}.{recipes.METHODS[name]}": "c.sizes says it" for name in c.sizes}
+    sizes = {f"{name}.{recipes.METHODS[name]}": "c.sizes says it" for name in c.sizes if c.sizes[name]}
     return {**REPLACED, "rate": "c.rates says them", **sizes}
 
 
@@ -144,10 +149,10 @@ def run(c: ml_collections.ConfigDict, console: Console) -> dict[str, Any]:
         running.forget(where.folder)
     values = {one: [_value(ledger.find(keys[one, seed])) for seed in dict.fromkeys(c.seeds)] for one in tried}
     best = {method: {**x, "rows": c.rows} for method, x in winners(values).items()}
-    merged = {**read_winners(path, c), **best} if path.is_file() else best
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps({"version": VERSION, **origin(c), "methods": merged}, indent=1) + "\n")
-    part.replace(path)
+    tried_now = {one.method for one in tried}  # one of which nothing came to its end has no winner, of before neither
+    others = read_winners(path, c) if path.is_file() else {}
+    merged = {**{method: x for method, x in others.items() if method not in tried_now}, **best}
+    record.replace(path, json.dumps({"version": VERSION, **origin(c), "methods": merged}, indent=1) + "\n")
     console.print(table(best))
     console.print(f"the winners are in {path}")
     return best
@@ -161,8 +166,8 @@ def _value(found: Mapping[str, Any] | None) -> float:
 def winners(values: Mapping[Setting, list[float]]) -> dict[str, dict[str, Any]]:
     """The setting of each method with the largest mean over seeds; the smaller rate where two are equal.
 
-    With it: its mean, the standard deviation over seeds, None of one, and the least and the most mean of all that was
-    tried and came to its end. A method of which nothing did has no winner.
+    With it: its mean, the standard deviation over seeds, None of one, and the least mean of all that was tried and came to
+    its end. A method of which nothing did has no winner.
     """
     made = {}
     for method in dict.fromkeys(one.method for one in values):
@@ -176,7 +181,6 @@ def winners(values: Mapping[Setting, list[float]]) -> dict[str, dict[str, Any]]:
             "value": means[best],
             "deviation": float(np.std(values[best], ddof=1)) if len(values[best]) > 1 else None,
             "least": min(filter(np.isfinite, means.values())),
-            "most": max(means.values()),
             "tried": len(means),
         }
     return made
@@ -204,6 +208,8 @@ def read_winners(path: Path, c: ml_collections.ConfigDict) -> dict[str, Any]:
     if not isinstance(saved, dict) or saved.get("version") != VERSION:
         found = saved.get("version") if isinstance(saved, dict) else None
         raise ValueError(f"{path} is of version {found}; expected {VERSION}: run experiments/sweep.py anew")
+    if not isinstance(saved.get("methods"), dict):
+        raise ValueError(f'{path} is damaged: expected winners under "methods"')
     said = {name: x for name, x in saved.items() if name not in ("version", "methods")} or UNSAID
     for name, wanted in origin(c).items():
         if said.get(name) != wanted:

@@ -266,7 +266,7 @@ def predict(
             found[index] = out
             check()
         if found is None or np.isnan(found).any():
-            raise ValueError(f"{n} examples, and not every one has a finite result")
+            raise FloatingPointError(f"{n} examples, and not every one has a finite result")
         return found
 
     return outputs
