@@ -82,10 +82,10 @@ def difference(mine: Sequence[Result], theirs: Sequence[Result]) -> tuple[float,
 def table(results: Sequence[Result]) -> Table:
     """Per method: what trains, the seconds, the accuracy by the number of rows, and how far it is from full fine-tuning."""
     by, (methods, sizes) = groups(results, "method"), axes_of(results, "method")
-    shown = Table(title=TITLE, box=box.MARKDOWN)
-    shown.add_column("method")
+    shown = Table(title=TITLE, box=box.MARKDOWN, pad_edge=False)
+    shown.add_column("method", overflow="fold")
     for column in ("trainable", *(f"{n:,} rows" for n in sizes), f"minus full ({sizes[-1]:,} rows)", "seconds"):
-        shown.add_column(column, justify="right")
+        shown.add_column(column, justify="right", overflow="fold", min_width=10 if column == "trainable" else None)
     for method in methods:
         last = by.get((method, sizes[-1]), [])
         cells = [spread(*mean(by[method, n], "accuracy")) if (method, n) in by else "-" for n in sizes]

@@ -192,6 +192,35 @@ def test_a_comparison(compared):
     )
 
 
+def test_what_is_drawn(compared):
+    """The points of the plots are means over seeds; those without training from scratch have a panel of their own."""
+    results = compared[1]
+    scratch = [{**one, "method": "scratch", "accuracy": 0.1} for one in results if one["method"] == "head"]
+    above, below = comparison._by_rows([*results, *scratch]).axes
+    drawn = lambda axis: {box.get_label(): box.lines[0].get_xydata() for box in axis.containers}
+    assert set(drawn(below)) - set(drawn(above)) == {"from scratch"} and above.get_ylim()[0] > 0.1 > below.get_ylim()[0]
+    mean = lambda n: np.mean([one["accuracy"] for one in results if (one["method"], one["rows"]) == ("lora", n)])
+    np.testing.assert_allclose(drawn(above)["LoRA"], [(64, mean(64)), (96, mean(96))])
+    (only,) = comparison._scatter(results, "trainable", "parameters").axes
+    trains = next(one["trainable"] for one in results if one["method"] == "lora")
+    np.testing.assert_allclose(drawn(only)["LoRA"], [(trains, mean(96))])
+    losses, scores = comparison._curves(results).axes[:2]
+    last = [one for one in results if (one["method"], one["rows"]) == ("lora", 64)]
+    line = next(x for x in losses.lines if x.get_label() == "LoRA")
+    np.testing.assert_allclose(line.get_ydata(), np.mean([one["training_loss"] for one in last], 0))
+    assert any(np.allclose(x.get_ydata(), np.mean([one["validation"] for one in last], 0)) for x in scores.lines)
+
+
+def test_a_difference_is_of_the_seeds_that_both_have(compared):
+    results = compared[1]
+    without = [one for one in results if (one["method"], one["seed"]) != ("head", 1)]
+    renamed = [{**one, "method": "full"} if one["method"] == "head" else one for one in without]
+    cells = lambda some: dict(zip(*(list(column.cells) for column in [comparison.table(some).columns[k] for k in (0, -2)])))
+    assert cells(renamed)["LoRA"].endswith(", one seed)") and cells(renamed)["full fine-tuning"] == "-"
+    other = [{**one, "seed": 7} if one["method"] == "full" else one for one in renamed]
+    assert cells(other)["LoRA"] == "-"
+
+
 def test_a_comparison_is_not_done_twice(compared):
     c, results, _ = compared
     again, said = printed(compare.run, c)

@@ -13,6 +13,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import peftjax as pj
+from peftjax.interop import hf_peft
 
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
@@ -40,20 +41,44 @@ def names():
     return dict(globals(), x=x, y=y, losses=[])
 
 
+class Decoder(nn.Module):
+    @nn.compact
+    def __call__(self, ids, mask):
+        h = nn.Embed(11, 8, name="words")(ids)
+        seen = nn.combine_masks(nn.make_causal_mask(ids), nn.make_attention_mask(mask, mask))
+        h += nn.MultiHeadDotProductAttention(2, name="attention")(h, mask=seen)
+        return nn.Dense(11, name="out")(nn.LayerNorm(name="norm")(h))
+
+
 @pytest.mark.third_party
-def test_five_lines_on_your_own_model(tmp_path, monkeypatch):
+def test_the_examples_run(tmp_path, monkeypatch):
+    """One after the other, as a reader would: the model of the first is that of the train step, too."""
     monkeypatch.chdir(tmp_path)
+    linen, loop, flax_nnx, virtual, step, peft = BLOCKS
     scope = names()
     scope["model"] = Model()
-    scope["params"] = scope["model"].init(jax.random.key(0), scope["x"])["params"]
-    exec(BLOCKS[0], scope)
+    scope["params"] = base = scope["model"].init(jax.random.key(0), scope["x"])["params"]
+    exec(linen, scope)
     assert scope["grads"]["up"]["kernel"].b.shape == (8, 16) and scope["grads"]["down"]["kernel"] is None
-    exec(BLOCKS[2], scope)
+    loss = lambda params: float(((scope["fn"](params, scope["x"]) - scope["y"]) ** 2).mean())
+    exec(loop, scope)
+    assert loss(scope["params"]) < loss(base) and (tmp_path / "adapter/adapter.safetensors").is_file()
+    roles = pj.roles(scope["fn"], scope["params"], scope["x"])
+    hf_peft.save("adapter-folder", scope["tuned"], roles)
+    exec(peft, scope | {"roles": roles})
+    assert (tmp_path / "other-folder/adapter_model.safetensors").is_file()
+    exec(step, scope)
     assert int(scope["state"].step) == 3 and scope["data"] == {"batch": 3}
     scope["nnx_model"] = NNXModel(nnx.Rngs(0))
     before = scope["nnx_model"](scope["x"])
-    exec(BLOCKS[1], scope)
+    exec(flax_nnx, scope)
     np.testing.assert_allclose(scope["nnx_model"](scope["x"]), before, rtol=1e-6)
+    words = scope["words"] = jnp.arange(12).reshape(2, 6) % 11
+    real = scope["real"] = jnp.ones_like(words)
+    scope["decoder"] = Decoder()
+    scope["params"] = scope["decoder"].init(jax.random.key(0), words, real)["params"]
+    exec(virtual, scope)
+    assert scope["logits"].shape == (2, 6, 11)
 
 
 @pytest.mark.third_party

@@ -8,10 +8,10 @@ validation accuracy (its deviation over seeds 0 and 1), and the least mean of al
     method   rate   size  best            least
     lora     0.003  16    0.838 (0.006)   0.782
     dora     0.003  16    0.835 (0.004)   0.783
-    adapter  0.003  16    0.823 (0.003)   0.706
+    adapter  0.01   16    0.824 (0.010)   0.706
     ia3      0.03   -     0.830 (0.000)   0.802
     bitfit   0.01   -     0.823 (0.013)   0.792
-    prefix   0.03   32    0.815 (0.001)   0.782
+    prefix   0.1    8     0.821 (0.009)   0.782
     prompt   0.01   32    0.809 (0.000)   0.778
     full     0.0003 -     0.841 (0.002)   0.821
     scratch  0.0003 -     0.575 (0.090)   0.511
