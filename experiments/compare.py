@@ -22,9 +22,8 @@ from absl import app, flags
 from rich.console import Console
 
 import peftjax as pj
-from experiments import assets, baselines, comparison, finetune, pages, recipes, report, running, sweep, tasks
+from experiments import baselines, comparison, finetune, pages, recipes, report, running, sweep, tasks
 from experiments.data import Dataset, Rows
-from experiments.interruption import Interrupted
 from experiments.ledger import Ledger
 from experiments.pages import check_numbers, listed
 from experiments.sweep import Setting, kept, place, read_winners, subset
@@ -232,16 +231,12 @@ def quicken(c: ml_collections.ConfigDict, given: Iterable[str]) -> None:
 
 def main(_: list[str]) -> None:
     """Does the runs that the flags ask for."""
-    running.quiet()
-    assets.keep_compiled()
-    try:
+    with running.script("compare"):
         c = pages.read()
         if flags.FLAGS.quick:
             quicken(c, flags.FLAGS["config"].override_values)
         pages.refuse(unheeded(c))
         run(c, Console())
-    except (ValueError, OSError, FloatingPointError, assets.Missing, Interrupted) as error:
-        raise SystemExit(f"compare: {error}") from error
 
 
 if __name__ == "__main__":  # several scripts have a flag of this name

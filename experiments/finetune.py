@@ -28,11 +28,10 @@ from absl import app
 from rich.console import Console
 
 import peftjax as pj
-from experiments import assets, data, display, pages, processes, recipes, record, running, tasks
+from experiments import data, display, pages, processes, recipes, record, running, tasks
 from experiments.baselines import Baseline, Baselines, Encode, Features
 from experiments.batches import Batch, batches, first_of_each, one_of_each
 from experiments.data import Rows
-from experiments.interruption import Interrupted
 from experiments.models import load
 from experiments.models.bert import RULES
 from experiments.schedules import at_rate
@@ -59,6 +58,7 @@ def run(c: ml_collections.ConfigDict, console: Console) -> list[Result]:
     Returns:
       The baselines and, last, this run.
     """
+    running.check(c)
     task, rows = tasks.read(c)
     model = TextModel(Page(c.model, "each" if task.per_token else c.pool, c.length, c.fixed, task), c.dropout)
     begin = time.perf_counter()
@@ -281,12 +281,8 @@ def _numbers(results: list[Result], trained: Trained) -> dict[str, Any]:
 
 def main(_: list[str]) -> None:
     """Runs the configuration that the flags give."""
-    running.quiet()
-    assets.keep_compiled()
-    try:
+    with running.script("finetune"):
         start(pages.read(), Console())
-    except (ValueError, OSError, FloatingPointError, assets.Missing, Interrupted) as error:
-        raise SystemExit(f"finetune: {error}") from error
 
 
 if __name__ == "__main__":  # several scripts have a flag of this name

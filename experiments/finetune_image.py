@@ -21,10 +21,9 @@ from absl import app, flags
 from ml_collections import config_flags
 from rich.console import Console
 
-from experiments import assets, images, report, running, vision
+from experiments import images, report, running, vision
 from experiments.data import Dataset
 from experiments.images import Images
-from experiments.interruption import Interrupted
 from experiments.ledger import Ledger
 from experiments.pages import check_numbers, listed
 from experiments.transfer import PROBE, STRATEGIES, Lab, Run
@@ -117,12 +116,8 @@ def runs(c: ml_collections.ConfigDict) -> list[Run]:
 
 def main(_: list[str]) -> None:
     """Does the runs that the flags ask for."""
-    running.quiet()
-    assets.keep_compiled()
-    try:
+    with running.script("finetune_image"):
         run(flags.FLAGS.config, Console())
-    except (ValueError, OSError, FloatingPointError, assets.Missing, Interrupted) as error:
-        raise SystemExit(f"finetune_image: {error}") from error
 
 
 if __name__ == "__main__":  # several scripts have a flag of this name

@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 import peftjax as pj
-from experiments import display, logs, processes
+from experiments import assets, display, logs, processes
+from experiments.interruption import Interrupted
 from experiments.train import Shown
 from peftjax.runs import Runs
 from peftjax.sharding_rules import Rules, by_rules, make_mesh, within
@@ -21,10 +22,19 @@ CHECKPOINTS = "checkpoints"  # the folder, in that of the run
 FREE = ("out", "resume", "every", "mesh", "accumulate", "join", "timeout", "tensorboard", "profile")
 
 
-def quiet() -> None:
-    """Hides what orbax has to say of every checkpoint, on every process, unless `--verbosity=` asks for it."""
+@contextlib.contextmanager
+def script(name: str) -> Iterator[None]:
+    """What a script does; where its page, a file or a run is wrong, a line says so, and the process ends with 1.
+
+    What orbax has to say of every checkpoint is hidden, on every process, unless `--verbosity=` asks for it.
+    """
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.ERROR)
+    assets.keep_compiled()
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError, assets.Missing, Interrupted) as error:
+        raise SystemExit(f"{name}: {error}") from error
 
 
 def check(c: ml_collections.ConfigDict) -> None:

@@ -22,9 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 import peftjax as pj
-from experiments import assets, finetune, pages, recipes, record, running, tasks
+from experiments import finetune, pages, recipes, record, running, tasks
 from experiments.data import Rows
-from experiments.interruption import Interrupted
 from experiments.ledger import Ledger
 from experiments.pages import check_numbers, listed
 from experiments.text_model import Page, TextModel
@@ -240,14 +239,10 @@ def table(best: Mapping[str, Mapping[str, Any]]) -> Table:
 
 def main(_: list[str]) -> None:
     """Does the runs that the flags ask for."""
-    running.quiet()
-    assets.keep_compiled()
-    try:
+    with running.script("sweep"):
         c = pages.read()
         pages.refuse(unheeded(c))
         run(c, Console())
-    except (ValueError, OSError, assets.Missing, Interrupted) as error:
-        raise SystemExit(f"sweep: {error}") from error
 
 
 if __name__ == "__main__":  # several scripts have a flag of this name
