@@ -8,7 +8,7 @@ from typing import Any, Iterable, Sequence
 
 import grain
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from experiments import catalogue
 from experiments.batches import Batch, filled
@@ -47,8 +47,8 @@ def load(name: str, size: int, image: str = "image", label: str = "label") -> Da
       it), always in the same way.
 
     Raises:
-      ValueError: no such folder, column or data set, a class without an image, a file that is no image, or an image that
-        has neither one channel nor three.
+      ValueError: no such folder, column or data set, a class without an image, a file that is no image or beside the
+        classes, or an image that has neither one channel nor three.
     """
     if Path(name).is_dir():
         splits, names = _folder(Path(name), size)
@@ -60,35 +60,47 @@ def load(name: str, size: int, image: str = "image", label: str = "label") -> Da
 
 
 def digest(name: str) -> dict[str, str]:
-    """What a folder of images holds, as a SHA-256 of its files and their places; nothing of other names."""
+    """What a folder of images holds, as a SHA-256 of the images that are read and their places; nothing of other names.
+
+    Raises:
+      ValueError: as `load` does, but for what is within a file.
+    """
     if not Path(name).is_dir():
         return {}
     made = hashlib.sha256()
-    for path in sorted(path for path in Path(name).rglob("*") if path.is_file()):
-        made.update(f"{path.relative_to(name)}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    for path in sorted(path for split in _laid(Path(name)).values() for held in split.values() for path in held):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        made.update(f"{path.relative_to(name)}\0{content}\n".encode())
     return {"digest": made.hexdigest()}
 
 
 def _folder(folder: Path, size: int) -> tuple[dict[str, Images], tuple[str, ...]]:
-    splits = _splits(folder)
-    names = tuple(sorted(place.name for place in splits["train"].iterdir() if place.is_dir()))
-    if len(names) < 2:
-        raise ValueError(
-            f"{splits['train']} holds {len(names)} folders; expected one of images for each of two classes"
-        )
-    made = {}
-    for split, place in splits.items():
-        if other := sorted({x.name for x in place.iterdir() if x.is_dir()} ^ set(names)):
-            raise ValueError(f"{place}: the classes {', '.join(other)} are in one split alone")
-        files = [(path, k) for k, name in enumerate(names) for path in _files(place / name)]
+    laid, made = _laid(folder), {}
+    for split, classes in laid.items():
+        files = [(path, k) for k, held in enumerate(classes.values()) for path in held]
         pixels = [_opened(path, size) for path, _ in files]
-        made[split] = _stacked(str(place), pixels, [k for _, k in files], size)
-    return made, names
+        made[split] = _stacked(f"{folder}, {split}", pixels, [k for _, k in files], size)
+    return made, tuple(laid["train"])
+
+
+def _laid(folder: Path) -> dict[str, dict[str, list[Path]]]:
+    """The images of each split and class, both in order."""
+    splits = _splits(folder)
+    classes = {split: _folders(place) for split, place in splits.items()}
+    if len(classes["train"]) < 2:
+        raise ValueError(
+            f"{splits['train']} holds {len(classes['train'])} folders; expected one of images for each of two classes"
+        )
+    for split, found in classes.items():
+        if other := sorted(set(found) ^ set(classes["train"])):
+            raise ValueError(f"{splits[split]}: the classes {', '.join(other)} are in one split alone")
+    return {split: {name: _files(place) for name, place in found.items()} for split, found in classes.items()}
 
 
 def _splits(folder: Path) -> dict[str, Path]:
     """The folders of the splits, or the whole one as that of training."""
-    inside = {path.name: path for path in _visible(folder) if path.is_dir()}
+    inside = _folders(folder)
     if not set(SPLITS) & set(inside):
         return {"train": folder}
     if "train" not in inside or set(inside) - set(SPLITS):
@@ -102,30 +114,40 @@ def _visible(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
-def _files(folder: Path) -> list[Path]:
-    """The images of a class; whatever else is there would be left out without a word."""
+def _folders(folder: Path) -> dict[str, Path]:
+    """The folders of classes or of splits, by name."""
     found = _visible(folder)
-    if others := [path.name for path in found if path.suffix.lower() not in SUFFIXES or not path.is_file()]:
-        raise ValueError(
-            f"{folder} holds {others[0]}{f' and {len(others) - 1} more' if others[1:] else ''}; expected images alone, "
-            f"files that end in {', '.join(SUFFIXES)}"
-        )
+    _refuse(folder, [path for path in found if not path.is_dir()], "folders alone, one of images for each class")
+    return {path.name: path for path in found}
+
+
+def _files(folder: Path) -> list[Path]:
+    """The images of a class."""
+    found, kinds = _visible(folder), f"files that end in {', '.join(SUFFIXES)}"
+    others = [path for path in found if path.suffix.lower() not in SUFFIXES or not path.is_file()]
+    _refuse(folder, others, f"images alone, {kinds}")
     if not found:
-        raise ValueError(f"{folder} holds no image; expected files that end in {', '.join(SUFFIXES)}")
+        raise ValueError(f"{folder} holds no image; expected {kinds}")
     return found
+
+
+def _refuse(folder: Path, others: list[Path], expected: str) -> None:
+    """Raises for what would be left out without a word."""
+    if others:
+        more = f" and {len(others) - 1} more" if others[1:] else ""
+        raise ValueError(f"{folder} holds {others[0].name}{more}; expected {expected}")
 
 
 def _opened(path: Path, size: int) -> np.ndarray:
     try:
         with Image.open(path) as image:
-            if image.mode not in MODES:
-                raise ValueError(
-                    f"{path} has {len(image.getbands())} channels ({image.mode}); expected 1 (grey) or 3 (RGB), of 8 bits"
-                )
-            image.draft(MODES[image.mode], (size, size))
-            return _fitted(ImageOps.exif_transpose(image).convert(MODES[image.mode]), size)
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{path} is no image that can be read: {error}") from error
+            if image.mode in MODES:
+                image.draft(MODES[image.mode], (size, size))
+                return _fitted(ImageOps.exif_transpose(image).convert(MODES[image.mode]), size)
+            found = f"{len(image.getbands())} channels ({image.mode})"
+    except Exception as error:  # of a damaged file, or of one that is far too large, of any kind
+        raise ValueError(f"{path} is no image that can be read ({type(error).__name__}: {error})") from error
+    raise ValueError(f"{path} has {found}; expected 1 (grey) or 3 (RGB), of 8 bits")
 
 
 def _fitted(image: Image.Image, size: int) -> np.ndarray:

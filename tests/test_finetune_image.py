@@ -11,6 +11,7 @@ import pathlib
 import re
 import signal
 import time
+import zlib
 
 import grain
 import jax
@@ -344,7 +345,8 @@ def test_a_photograph_stands_as_its_camera_says(tmp_path):
 
 def test_a_folder_that_changed_is_another_data_set(tmp_path):
     for side in ("left", "right"):
-        saved(tmp_path / side / "a.png", picture(side, np.random.default_rng(0)))
+        for name in ("a", "c"):
+            saved(tmp_path / side / f"{name}.png", picture(side, np.random.default_rng(0)))
     settings = lambda: _settings_of(configured(tmp_path, "out", model="squeezenet"))
     before = settings()
     assert settings() == before and "digest" not in finetune_image.completed(page.get_config())
@@ -352,6 +354,74 @@ def test_a_folder_that_changed_is_another_data_set(tmp_path):
     moved = settings()
     saved(tmp_path / "right" / "b.png", picture("left", np.random.default_rng(1)))
     assert before != moved != settings() != before
+
+
+@pytest.fixture
+def two(tmp_path):
+    """A folder of two classes, of four images each."""
+    rng = np.random.default_rng(0)
+    for k in range(8):
+        saved(tmp_path / "two" / ("left", "right")[k % 2] / f"{k}.png", picture(("left", "right")[k % 2], rng))
+    return tmp_path / "two"
+
+
+def test_what_is_hidden_is_no_class_and_no_part_of_a_data_set(two):
+    """Nor do the splits' own folders hold any."""
+    before, rng = images.digest(str(two)), np.random.default_rng(0)
+    (two / ".DS_Store").write_text("none")
+    (two / "left" / ".DS_Store").write_text("none")
+    saved(two / ".ipynb_checkpoints" / "0-checkpoint.png", picture("left", rng))
+    assert images.load(str(two), 8).names == ("left", "right") and images.digest(str(two)) == before
+    for split in ("train", "test"):
+        saved(two.parent / "splits" / split / ".cache" / "a.png", picture("left", rng))
+        for side in ("left", "right"):
+            saved(two.parent / "splits" / split / side / "a.png", picture(side, rng))
+            saved(two.parent / "splits" / split / side / "b.png", picture(side, rng))
+    assert images.load(str(two.parent / "splits"), 8).names == ("left", "right")
+
+
+def test_an_image_behind_a_link_is_a_part_of_a_data_set(two):
+    (two / "right").rename(two.parent / "elsewhere")
+    (two / "right").symlink_to(two.parent / "elsewhere")
+    before = images.digest(str(two))
+    saved(two.parent / "elsewhere" / "1.png", picture("left", np.random.default_rng(1)))
+    assert images.digest(str(two)) != before
+
+
+@pytest.mark.parametrize("place", ["", "train"])
+def test_files_beside_the_classes_are_not_passed_over(place, two):
+    if place:
+        (two / place).mkdir()
+        for side in ("left", "right"):
+            (two / side).rename(two / place / side)
+    (two / place / "notes.txt").write_text("none")
+    saved(two / place / "one.png", picture("left", np.random.default_rng(0)))
+    message = f"{two / place} holds notes.txt and 1 more; expected folders alone, one of images for each class"
+    for read in (images.digest, lambda name: images.load(name, 8)):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            read(str(two))
+
+
+def _with_size(content, width, height):
+    """A PNG whose head says that it is of another size."""
+    head = b"IHDR" + width.to_bytes(4) + height.to_bytes(4) + content[24:29]
+    return content[:12] + head + zlib.crc32(head).to_bytes(4) + content[33:]
+
+
+@pytest.mark.parametrize(
+    "damage,kind",
+    [
+        (lambda x: x[: x.index(b"IDAT") - 4] + bytes(4) + x[x.index(b"IDAT") :], "SyntaxError"),
+        (lambda x: x[: len(x) // 2], "OSError"),
+        (lambda x: _with_size(x, 60_000, 60_000), "DecompressionBombError"),
+    ],
+    ids=["chunk", "half", "enormous"],
+)
+def test_an_image_that_cannot_be_read_is_named(damage, kind, two):
+    path = two / "left" / "0.png"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=rf"left/0.png is no image that can be read \({kind}: "):
+        images.load(str(two), 8)
 
 
 def test_a_run_that_comes_to_no_end_is_left_out(folder, tmp_path, monkeypatch):
