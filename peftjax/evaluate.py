@@ -35,6 +35,9 @@ def wrap(fn: Callable[P, R]) -> Callable[P, R]:
     overlay, the overlay's own rule runs, `x W + s (x A) B` for LoRA. Where no rule fits, the overlay is merged at that
     equation; `peftjax.explain` lists it.
 
+    Dropout in overlays draws from keys that the tree holds, `wrap(fn)(peftjax.with_key(tuned, key), x)`, and not from an
+    argument: one called `key` is fn's own. A tree without keys is deterministic.
+
     Args:
       fn: any function that `jax.jit` could trace, `fn(params, *args, **kwargs)`. Every array among its arguments is
         traced; everything else (Python numbers, strings, None) is static and reaches it untouched.
@@ -44,8 +47,10 @@ def wrap(fn: Callable[P, R]) -> Callable[P, R]:
       Outside `jax.jit` it is compiled once per tree, types and static arguments.
 
     Raises:
-      TypeError: what tracing `fn` raises.
-      ValueError: an overlay of outputs or of a table's rows does not meet what it acts on.
+      Exception: whatever `fn` raises when it is traced.
+      ValueError: an overlay of outputs or of a table's rows does not meet what it acts on; one that acts on tokens, for
+        which there is `peftjax.wrap_tokens`; one part of `partition` in the place of the tree; an overlay with a dropout
+        key where it would have to be merged.
 
     Warns:
       UserWarning: an overlay of a weight stands on a leaf that `fn` never uses.
@@ -187,6 +192,9 @@ def explain(fn: Callable[..., Any], tuned: Any, *args: Any, **kwargs: Any) -> Ex
       The events in the order of the trace; `.merged` are those where a rule was missing. Overlays of one weight act
       together, and are named together: "DoRA over LoRA". Those that fn never uses are listed with the word "unused",
       and where an overlay has `uses`, the others are "left alone".
+
+    Raises:
+      Exception: what the wrapped function itself raises for these arguments.
 
     Example:
       >>> import jax.numpy as jnp, peftjax as pj

@@ -35,6 +35,30 @@ class Method:
       identity_at_init: whether the tuned function equals the original exactly before training.
       penalty: `penalty(tuned) -> scalar`, added to the loss by a train step, or None.
       update: `update(tuned, grads, step) -> tuned`, run after the optimizer, or None.
+      start: what `init` calls.
+
+    A method of one's own is a function under `peftjax.method.method`, which gives the value its name and options, and
+    lets `peftjax.save` write them: `load` finds it where its module has been imported. `per_leaf` lays one overlay on
+    each target; how a new overlay is written, `peftjax.Overlay` shows.
+
+    Example, trained copies that start beside the weights:
+      >>> import jax, jax.numpy as jnp, peftjax as pj
+      >>> from peftjax.copies import copied
+      >>> from peftjax.method import Leaf, Method, from_dict, method, per_leaf
+      >>> from peftjax.targets import Targets
+      >>> @method
+      ... def nearby(std: float = 0.01, *, targets: Targets = "all-linear") -> Method:
+      ...     "Trains copies, `W' = W + std N(0, 1)` at first."
+      ...     def make(leaf: Leaf):
+      ...         full = copied(leaf)
+      ...         return full.replace(value=full.value + std * jax.random.normal(leaf.key, leaf.type.shape))
+      ...     return per_leaf(make, targets, identity_at_init=False)
+      >>> nearby(0.1)
+      nearby(std=0.1, targets='all-linear')
+      >>> nearby(0.1).init(jax.random.key(0), {"w": jnp.ones((4, 2)), "b": jnp.zeros(2)})["w"]
+      Full(float32[4,2])
+      >>> from_dict(nearby(0.1).to_dict()) == nearby(0.1)
+      True
     """
 
     name: str
@@ -61,7 +85,11 @@ class Method:
         return self.start(key, params, roles)
 
     def to_dict(self) -> dict[str, Any]:
-        """The method as JSON-able values; `peftjax.method.from_dict` restores it."""
+        """The method as JSON-able values; `peftjax.method.from_dict` restores it.
+
+        Raises:
+          ValueError: an option that JSON cannot hold, such as targets by a function.
+        """
         return {"name": self.name, "options": {k: _encoded(v, f"{self.name}({k}=)") for k, v in self.options.items()}}
 
     def __hash__(self) -> int:
@@ -90,6 +118,11 @@ def from_dict(saved: Mapping[str, Any]) -> Method:
 
     Raises:
       ValueError: an unknown method or option.
+
+    Example:
+      >>> import peftjax as pj
+      >>> from_dict(pj.lora(rank=4).to_dict()) == pj.lora(rank=4)
+      True
     """
     name, options = saved.get("name"), {k: _decoded(v) for k, v in dict(saved.get("options", {})).items()}
     if name not in FACTORIES:
@@ -108,7 +141,16 @@ def _decoded(value: Any) -> Any:
 
 
 def method(factory: Callable[P, Method]) -> Callable[P, Method]:
-    """Makes a function a factory of methods: what it returns takes its name and arguments, and can be saved."""
+    """Makes a function a factory of methods: what it returns takes its name and arguments, and can be saved.
+
+    Args:
+      factory: a function whose options have annotations, and whose name no other factory has: the later one would take
+        its place in `from_dict`. See `Method` for an example.
+
+    Returns:
+      The factory. It raises `ValueError` for an option of another type than is annotated, a number that is not finite,
+      or an `alpha` of 0.
+    """
     signature = inspect.signature(factory)
     kinds = {name: option.annotation for name, option in signature.parameters.items()}
 
@@ -180,6 +222,9 @@ def per_leaf(
       identity_at_init: whether the overlays change nothing before training, exactly.
       patterns: further patterns over the chosen paths, each of which has to match one.
       kernels: whether only kernels are wanted: a module's name then stands for its kernel.
+
+    Returns:
+      The method, without a name until a factory under `method` returns it.
     """
 
     def start(key: jax.Array, params: Any, roles: Roles | None) -> Any:
@@ -261,10 +306,14 @@ def chain(*methods: Method) -> Method:
     Returns:
       The method; its penalty is the sum of theirs, its update runs theirs in turn.
 
+    Raises:
+      ValueError: no methods; at `init`, what each of them raises on the tree before it.
+
     Example:
-      >>> import peftjax as pj
-      >>> pj.chain(pj.lora(rank=4), pj.unfreeze("classifier")).name
-      'chain'
+      >>> import jax, jax.numpy as jnp, peftjax as pj
+      >>> params = {"body": jnp.ones((4, 4)), "head": jnp.ones((4, 2))}
+      >>> pj.chain(pj.unfreeze("head"), pj.lora(rank=2)).init(jax.random.key(0), params)
+      {'body': LoRA(float32[4,4], rank=2), 'head': Full(float32[4,2])}
     """
     if not methods:
         raise ValueError("chain: expected at least one method")

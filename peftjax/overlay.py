@@ -49,7 +49,32 @@ class Overlay:
     """A node that stands where an array stood, of the same logical type.
 
     `base` is what it stands on: an array, or another overlay. Fields are `trained`, `frozen` or `static`;
-    `locked` names the trained fields that no longer train.
+    `locked` names the trained fields that no longer train, and `scale`, an array of 1 unless a method says otherwise, is
+    what `peftjax.scale` and `disable` multiply. A field `key` and a static `dropout` make it one of `peftjax.with_key`.
+
+    An overlay of a weight gives its formula by `expand`: from the terms of its base, those of its own, products over the
+    base's axes (`peftjax.factored`). wrap, merge and every view of the weight go by it. `labels` says which axis of a
+    field is which of the base's; stacks and shardings go by that. `Output` and `Table` act otherwise.
+
+    Example:
+      >>> import jax.numpy as jnp, peftjax as pj
+      >>> from typing import Any
+      >>> from peftjax.factored import Factor
+      >>> from peftjax.overlay import Overlay, frozen, overlay, static, trained
+      >>> @overlay
+      ... class Gain(Overlay):
+      ...     "`W diag(1 + scale g)`, of a kernel (in, out)."
+      ...     base: Any = frozen()
+      ...     g: Any = trained()  # (out,)
+      ...     scale: Any = frozen()  # ()
+      ...     locked: tuple[str, ...] = static(default=())
+      ...     def labels(self):
+      ...         return {"g": ((1,),), "scale": ()}
+      ...     def expand(self, terms):
+      ...         return tuple(term.times(Factor(1 + self.scale * self.g, ((1,),))) for term in terms)
+      >>> tuned = {"w": Gain(base=jnp.ones((3, 2)), g=jnp.array([0.0, 1.0]), scale=jnp.ones(()))}
+      >>> pj.wrap(lambda params, x: x @ params["w"])(tuned, jnp.ones((1, 3)))
+      Array([[3., 6.]], dtype=float32)
     """
 
     kinds: dict[str, str]
@@ -130,6 +155,12 @@ class Ref:
 
     One array, one gradient: that of a leaf under overlays reaches what they train. Of several overlays at `path` with
     that field, `depth` tells which: how many of them it has below it. Without a depth there is to be one only.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, peftjax as pj
+      >>> params = {"down": jnp.ones((6, 3)), "up": jnp.ones((3, 6))}
+      >>> pj.vera(rank=4).init(jax.random.key(0), params)["up"].shared_a
+      Ref(path='down', field='shared_a', depth=0)
     """
 
     path: str

@@ -91,14 +91,17 @@ def with_key(tuned: Any, key: Any) -> Any:
     """Gives every overlay with dropout its own random key; without one, an overlay is deterministic.
 
     The key of a leaf is `fold_in(key, hash of its path)`, split where layers are stacked. Call it inside the loss: keys
-    are no parameters, and a tree that holds them cannot be differentiated whole.
+    are no parameters, and a tree that holds them cannot be differentiated whole. In `peftjax.make_train_step`, a state
+    with a key calls it; elsewhere nobody does, and dropout without it is no error.
 
     Args:
       tuned: a tree with overlays.
       key: a random key, a new one for every step; None takes the keys out.
 
     Returns:
-      The tree with keys. Overlays whose dropout is 0 stay as they are.
+      The tree with keys. Overlays whose dropout is 0 stay as they are. The input of a weight drops out where the weight
+      contracts or convolves it; a lookup has none to drop. Where an overlay has no rule it would have to be merged, which
+      raises under a key.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj
@@ -106,6 +109,9 @@ def with_key(tuned: Any, key: Any) -> Any:
       >>> tuned = method.init(jax.random.key(0), {"b": jnp.ones(2), "w": jnp.ones((2, 2))})
       >>> pj.with_key(tuned, jax.random.key(1))["w"].key.shape, pj.with_key(tuned, None)["w"].key
       ((), None)
+      >>> apply = pj.wrap(lambda params, x: x @ params["w"])
+      >>> loss = lambda tuned, x, key: apply(pj.with_key(tuned, key), x).sum()
+      >>> value, grads = pj.value_and_grad(loss)(tuned, jnp.ones((3, 2)), jax.random.key(1))
     """
     if key is not None and not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
