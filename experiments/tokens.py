@@ -55,13 +55,38 @@ class Tokens:
         Args:
           pairs: of texts.
           stride: how many tokens of the second text the next window has again.
+
+        Raises:
+          ValueError: a stride as long as a window, or a first text that leaves a window nothing but the stride.
         """
+        self._check_room(pairs, stride)
         self._tokenizer.enable_truncation(self.length, stride=stride, strategy="only_second")
         try:
             made = self._tokenizer.encode_batch(list(pairs))
         finally:
             self._tokenizer.enable_truncation(self.length)
         return [[_window(x) for x in (whole, *whole.overflowing)] for whole in made]
+
+    def _check_room(self, pairs: Sequence[tuple[str, str]], stride: int) -> None:
+        """What the library would panic at, or say without a word of which pair."""
+        free = self.length - self._tokenizer.num_special_tokens_to_add(True)
+        if not 0 <= stride < free:
+            raise ValueError(f"stride {stride}; of {self.length} tokens, {free} are for a pair: expected 0 to {free - 1}")
+        self._tokenizer.no_truncation()
+        try:
+            for (first, second), count in zip(pairs, self._counts([first for first, _ in pairs])):
+                room = free - count
+                if room <= stride and self._counts([second])[0] > room:
+                    raise ValueError(
+                        f"{first[:60]!r} has {count} tokens, and leaves {room} of {self.length} to a window of what comes "
+                        f"with it; expected more than the {stride} that windows share: set --config.length= or "
+                        "--config.stride="
+                    )
+        finally:
+            self._tokenizer.enable_truncation(self.length)
+
+    def _counts(self, texts: list[str]) -> list[int]:
+        return [len(x.ids) for x in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     def __call__(self, texts: Sequence[str]) -> Ids:
         """The ids of each text, with the marks that the model expects around it; made when they are asked for."""

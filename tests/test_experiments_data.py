@@ -486,6 +486,21 @@ def test_tokens_are_cut_and_not_padded(tmp_path):
         Tokens(tmp_path, 4)
 
 
+def test_a_question_that_leaves_no_room_is_named(tmp_path):
+    """The library would panic, with a trace of its own; where nothing is cut, any question will do."""
+    tokenizer(tmp_path, ["a", "b"])
+    tokens, pair = Tokens(tmp_path, 10), lambda n, m: ("a " * n, "b " * m)
+    assert [len(x) for x in tokens.pairs([pair(4, 4), pair(6, 1), pair(7, 0)], 2)] == [2, 1, 1]
+    for n, room in ((5, 2), (6, 1), (7, 0), (30, -23)):
+        message = rf"^'a .*' has {n} tokens, and leaves {room} of 10 .* more than the 2 that windows share"
+        with pytest.raises(ValueError, match=message):
+            tokens.pairs([pair(4, 4), pair(n, 9)], 2)
+    for stride in (-1, 7, 10):
+        with pytest.raises(ValueError, match=f"stride {stride}; of 10 tokens, 7 are for a pair: expected 0 to 6"):
+            tokens.pairs([pair(1, 1)], stride)
+    assert list(tokens(["a " * 20])) == [[2, *[4] * 8, 3]]
+
+
 class Watched:
     """Rows with random access that tell which of them were read."""
 

@@ -271,6 +271,8 @@ def test_the_reviews_have_neither_tags_nor_questions(task):
         ({"task": "rank"}, "task 'rank'; expected one of classify, regress, tokens, span"),
         ({"task": "span", "text": "body"}, "--config.text=body: task 'span' reads only question, context, answer"),
         ({"task": "regress", "classes": ("a", "b")}, r"--config.classes=.*: task 'regress' reads only text, score"),
+        ({"task": "span", "data": "a.jsonl", "stride": 64}, "stride 64; expected a whole number from 0, below the le"),
+        ({"task": "span", "data": "a.jsonl", "stride": -1}, "stride -1; expected a whole number from 0, below the le"),
         ({"task": "regress", "score": "stars"}, "--config.score=stars: the reviews have no such column, only text, sc"),
     ],
 )

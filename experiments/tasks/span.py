@@ -54,6 +54,8 @@ class Span(Task):
         """
         if c.data == "reviews":
             raise ValueError("task 'span' has no data set of its own; name a file with --config.data=")
+        if type(c.stride) is not int or not 0 <= c.stride < c.length:
+            raise ValueError(f"stride {c.stride!r}; expected a whole number from 0, below the length, {c.length}")
         found = files.rows(Path(c.data), question=c.question, context=c.context, answer=c.answer)
         texts, answers = [], []
         for k, row in enumerate(found, 1):
