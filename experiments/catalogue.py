@@ -13,8 +13,8 @@ from experiments import assets, files
 from experiments.columns import Texts
 from experiments.digits import Mnist5k
 from experiments.reviews import MovieReviews
+from experiments.splits import SPLITS
 
-SPLITS = ("train", "validation", "test")
 FILE = f"file that ends in {', '.join(files.READERS)}"
 Columns = tuple[Texts, list[Any]]
 Pictures = tuple[Iterable[Any], list[int]]

@@ -8,8 +8,8 @@ import numpy as np
 
 from experiments import catalogue, files
 from experiments.columns import Picked
+from experiments.splits import SEED
 
-SPLIT_SEED = 0  # of the splits made here; the seed of a run never moves a row from one split to another
 SHARES = {"train": 0.7, "validation": 0.15, "test": 0.15}
 
 
@@ -129,7 +129,7 @@ def cut(splits: dict[str, E], names: tuple[str, ...]) -> Dataset[E]:
       ValueError: too few rows.
     """
     rows = splits["train"]
-    order = np.random.default_rng(SPLIT_SEED).permutation(len(rows))
+    order = np.random.default_rng(SEED).permutation(len(rows))
     for split in ("validation", "test"):
         if split not in splits:
             size = max(1, round(SHARES[split] * len(rows)))

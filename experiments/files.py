@@ -52,10 +52,14 @@ READERS: dict[str, Callable[[Path, str], list[dict[str, Any]]]] = {
 }
 
 
+def is_name(name: str) -> bool:
+    """Whether tensorflow-datasets could call a data set so, such as "glue/sst2:1.0.0"."""
+    return re.fullmatch(r"\w+([/:][\w.*=,-]+)*", name) is not None
+
+
 def is_path(name: str) -> bool:
-    """Whether a name is that of a file, as it can be no name of a data set, such as "glue/sst2:1.0.0"."""
-    dataset = re.fullmatch(r"\w+([/:][\w.*=,-]+)*", name)
-    return Path(name).suffix in READERS or Path(name).is_file() or dataset is None
+    """Whether a name is that of a file; "reviews" is not, whatever file is called so."""
+    return name != "reviews" and (Path(name).suffix in READERS or Path(name).is_file() or not is_name(name))
 
 
 def digest(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import re
 from pathlib import Path
 from typing import Any, Iterable, Sequence
 
@@ -10,13 +9,14 @@ import grain
 import numpy as np
 from PIL import Image, ImageOps
 
-from experiments import catalogue
+from experiments import catalogue, files
 from experiments.batches import Batch, filled
 from experiments.data import Dataset, cut
+from experiments.splits import SPLITS
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+DIGITS = "digits"
 MODES = {"1": "L", "L": "L", "RGB": "RGB", "P": "RGB"}  # what is read, and as what
-SPLITS = ("train", "validation", "test")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +33,17 @@ class Images:
         return Images(self.pixels[at], self.labels[at])
 
 
+def is_folder(name: str) -> bool:
+    """Whether a name is that of a folder; "digits" is not, whatever folder is called so."""
+    return name != DIGITS and Path(name).is_dir()
+
+
 def load(name: str, size: int, image: str = "image", label: str = "label") -> Dataset[Images]:
     """A data set of images and labels.
 
     Args:
       name: "digits"; a folder; or what tensorflow-datasets calls one of its own. A folder holds one of images per class,
-        or "train" and, if there are such, "validation" and "test" that do.
+        or "train" and, if there are such, "validation" and "test" that do; "./digits" is one.
       size: of the images: the shorter side is scaled to it, and the middle of the longer one is kept.
       image, label: the columns of a data set of tensorflow-datasets.
 
@@ -50,12 +55,12 @@ def load(name: str, size: int, image: str = "image", label: str = "label") -> Da
       ValueError: no such folder, column or data set, a class without an image, a file that is no image or beside the
         classes, or an image that has neither one channel nor three.
     """
-    if Path(name).is_dir():
+    if is_folder(name):
         splits, names = _folder(Path(name), size)
         return cut(splits, names)
-    if not re.fullmatch(r"\w+([/:][\w.*=,-]+)*", name):
+    if not files.is_name(name):
         raise ValueError(f"{name!r} is no folder, nor can it be the name of a data set of tensorflow-datasets")
-    found, names = catalogue.digits() if name == "digits" else catalogue.images(name, image, label)
+    found, names = catalogue.digits() if name == DIGITS else catalogue.images(name, image, label)
     return cut({split: _stacked(f"{name}, {split}", *columns, size) for split, columns in found.items()}, names)
 
 
@@ -65,7 +70,7 @@ def digest(name: str) -> dict[str, str]:
     Raises:
       ValueError: as `load` does, but for what is within a file.
     """
-    if not Path(name).is_dir():
+    if not is_folder(name):
         return {}
     made = hashlib.sha256()
     for path in sorted(path for split in _laid(Path(name)).values() for held in split.values() for path in held):

@@ -99,9 +99,9 @@ def plot(results: Sequence[Result], path: Path) -> Path:
         for axis, name in zip((axes[0, 0], axes[0, 1], axes[1, 0]), ("test", "gap", "seconds")):
             values, bars = np.transpose([mean(by[how, n], name) for n in some])
             axis.errorbar(some, values, bars, **drawn)
-        last = by[how, some[-1]]
-        accuracy, bar = mean(last, "test")
-        axes[1, 1].errorbar([last[0]["trainable"]], [accuracy], [bar], **drawn)
+        if last := by.get((how, sizes[-1])):
+            accuracy, bar = mean(last, "test")
+            axes[1, 1].errorbar([last[0]["trainable"]], [accuracy], [bar], **drawn)
     for axis, name in zip(
         (axes[0, 0], axes[0, 1], axes[1, 0]), ("test accuracy", "training minus validation", "seconds")
     ):

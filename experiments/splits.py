@@ -1,10 +1,11 @@
-"""The rows of a data set that is made here, dealt out to its splits."""
+"""The splits of a data set, and how the rows of one that is made here are dealt out to them."""
 
 from typing import Mapping
 
 import numpy as np
 
-SEED = 0  # the splits stay the same whatever the seed of a run
+SPLITS = ("train", "validation", "test")
+SEED = 0  # of the splits made here; the seed of a run never moves a row from one split to another
 
 
 def dealt(count: int, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 
 import peftjax as pj
+from experiments import record
 from experiments.assets import MINILM, fetch
 from experiments.batches import Batch, lengths
 from experiments.models import bert
-from experiments.models.load import folder_of, load
+from experiments.models.load import KNOWN, folder_of, is_folder, load
 from experiments.tasks import TASKS, Task
 from experiments.tokens import Tokens
 
@@ -24,7 +25,7 @@ class Page:
     """What has to be known, beside an adapter, to use the model.
 
     Attributes:
-      model: "minilm", a folder, or an id on the Hugging Face hub.
+      model: "minilm", a folder, or an id on the Hugging Face hub; "./minilm" is a folder.
       pool: as `bert.Bert` has it; tasks with outputs for each token take "each".
       length: the most tokens of a text.
       fixed: whether every batch has that length.
@@ -39,10 +40,10 @@ class Page:
 
     def write(self, folder: Path) -> None:
         """Writes it into the folder of a run."""
-        here = str(Path(self.model).resolve()) if Path(self.model).is_dir() else self.model
+        here = str(Path(self.model).resolve()) if is_folder(self.model) else self.model
         kind = next(name for name, made in TASKS.items() if made is type(self.task))
         page = {**dataclasses.asdict(self), "model": here, "task": {"kind": kind, **dataclasses.asdict(self.task)}}
-        (folder / PAGE).write_text(json.dumps(page, indent=1) + "\n")
+        record.replace(folder / PAGE, json.dumps(page, indent=1) + "\n")
 
 
 def read(folder: str | Path) -> Page:
@@ -74,7 +75,7 @@ class TextModel:
         pools = ("each",) if page.task.per_token else ("mean", "first")
         if page.pool not in pools:
             raise ValueError(f"pool {page.pool!r}; expected {' or '.join(pools)}")
-        folder = fetch(MINILM) if page.model == "minilm" else folder_of(page.model)
+        folder = fetch(MINILM) if page.model == KNOWN else folder_of(page.model)
         config, encoder = load(folder, page.pool)
         if not 3 <= page.length <= config.max_position_embeddings:
             raise ValueError(f"length {page.length}; this model takes 3 to {config.max_position_embeddings} tokens")

@@ -1,5 +1,6 @@
 """What the scripts read: assets and their damage, data sets and their faults, batches."""
 
+import dataclasses
 import hashlib
 import http.server
 import io
@@ -16,10 +17,11 @@ import pytest
 import tensorflow_datasets as tfds
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from experiments import assets, catalogue, data, reviews
+from experiments import assets, catalogue, data, reviews, text_model
 from experiments.batches import batches, lengths, one_of_each
 from experiments.columns import Picked, Texts
 from experiments.models import load
+from experiments.tasks import Classify
 from experiments.tokens import Tokens
 
 # Assets
@@ -347,6 +349,21 @@ def test_without_tensorflow_its_data_sets_say_so(cache, monkeypatch):
         data.load("made_with_tensorflow", text="line", label="mood")
 
 
+def test_the_numbers_of_a_data_set(cache, small_reviews):
+    """The ratings of the reviews; or a column of numbers, of the splits that have texts and numbers."""
+    found = catalogue.scores("reviews", "text", "score")
+    assert {split: len(texts) for split, (texts, _) in found.items()} == reviews.SIZES
+    for texts, scores in found.values():
+        assert scores == [(-1) ** k * (k % 4) for k in (int(text.split()[-1]) for text in texts)]
+        assert {type(x) for x in scores} == {float}
+    found = catalogue.scores("tiny_moods", "line", "stars")
+    assert list(found) == ["train", "test"]
+    assert all(texts[k].split()[1] == str(int(x)) for texts, stars in found.values() for k, x in enumerate(stars))
+    for text, score, message in (("stars", "stars", "expected a text"), ("line", "line", "expected numbers")):
+        with pytest.raises(ValueError, match=message):
+            catalogue.scores("tiny_moods", text, score)
+
+
 # Files
 
 
@@ -457,6 +474,33 @@ def test_a_model_folder_is_known_by_what_it_holds(tmp_path):
     assert load.identity(str(tmp_path)) == before and len(before["model_digest"]) == 64
     (tmp_path / "config.json").write_text('{"vocab_size": 3}')
     assert load.identity(str(tmp_path)) != before and load.identity("minilm") == {}
+
+
+def test_a_name_that_is_known_is_no_folder(tmp_path, monkeypatch):
+    """Unless it is given as a path; nor does a file that is called so hide the reviews."""
+    (tmp_path / "minilm").mkdir()
+    (tmp_path / "minilm" / "config.json").write_text("{}")
+    (tmp_path / "reviews").write_text("none")
+    monkeypatch.chdir(tmp_path)
+    assert load.identity("minilm") == data.identity("reviews") == {} != load.identity("./minilm")
+    for name, known in (("minilm", "minilm"), ("./minilm", str(tmp_path / "minilm"))):
+        text_model.Page(name, "mean", 8, True, Classify(("a", "b"))).write(tmp_path)
+        assert text_model.read(tmp_path).model == known
+    fetched = []
+    monkeypatch.setattr(text_model, "fetch", lambda asset: fetched.append(asset) or tmp_path / "none")
+    for name, found in (("minilm", "none"), ("./minilm", "minilm has no model.safetensors")):
+        with pytest.raises((ValueError, OSError), match=found):
+            text_model.TextModel(text_model.Page(name, "mean", 8, True, Classify(("a", "b"))))
+    assert fetched == [assets.MINILM]
+
+
+def test_a_page_that_is_written_again_is_whole_at_any_time(tmp_path, monkeypatch):
+    page = text_model.Page("minilm", "mean", 8, True, Classify(("a", "b")))
+    page.write(tmp_path)
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("stopped")))
+    with pytest.raises(OSError, match="stopped"):
+        dataclasses.replace(page, length=9).write(tmp_path)
+    assert text_model.read(tmp_path) == page
 
 
 # Batches

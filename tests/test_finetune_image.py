@@ -294,6 +294,18 @@ def test_says_what_is_wrong_with_a_configuration(folder, tmp_path, monkeypatch):
             finetune_image.run(configured(folder, tmp_path, **changes), Console(file=io.StringIO()))
 
 
+def test_a_plot_shows_of_the_largest_size_what_has_it(tmp_path, monkeypatch):
+    shown = [("last", 20, 8), ("last", 40, 8), ("lora", 20, 16)]
+    one = {"seed": 0, "training": 0.9, "validation": 0.8, "seconds": 1.0}
+    rows = [{**one, "strategy": how, "rows": n, "trainable": t, "test": t / n} for how, n, t in shown]
+    drawn = []
+    monkeypatch.setattr(report.Figure, "savefig", lambda figure, path, dpi: drawn.extend(figure.axes))
+    report.plot(rows, tmp_path / "x.png")
+    assert drawn[3].get_ylabel() == "test accuracy, 40 images"
+    assert [(x.get_label(), [*x.lines[0].get_xdata()]) for x in drawn[3].containers] == [("last layer", [8])]
+    assert [x.get_label() for x in drawn[0].containers] == ["last layer", "LoRA"]
+
+
 # Images
 
 
@@ -386,6 +398,15 @@ def test_an_image_behind_a_link_is_a_part_of_a_data_set(two):
     before = images.digest(str(two))
     saved(two.parent / "elsewhere" / "1.png", picture("left", np.random.default_rng(1)))
     assert images.digest(str(two)) != before
+
+
+def test_the_digits_are_no_folder_unless_it_is_given_as_a_path(two, monkeypatch):
+    two.rename(two.parent / "digits")
+    monkeypatch.chdir(two.parent)
+    sevens = [picture("left", np.random.default_rng(0))] * 9
+    monkeypatch.setattr(catalogue, "digits", lambda: ({"train": (sevens, [0] * 9)}, ("7",)))
+    assert images.load("digits", 8).names == ("7",) and images.load("./digits", 8).names == ("left", "right")
+    assert images.digest("digits") == {} != images.digest("./digits")
 
 
 @pytest.mark.parametrize("place", ["", "train"])

@@ -18,10 +18,14 @@ import sys
 from pathlib import Path
 from typing import Any, Sequence
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+
+from experiments import record
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "experiments" / "configs" / "llama-3.1-8b.json"
@@ -144,7 +148,7 @@ def main() -> None:
     for plan in (*SCALED, *BESIDE):
         if not of([plan], rows):
             rows.append(compiled(plan))
-            kept.write_text(json.dumps(rows, indent=1) + "\n")
+            record.replace(kept, json.dumps(rows, indent=1) + "\n")
             print(f"{plan} in {rows[-1]['seconds']:.0f} s", flush=True)
     (asked.out / "scaling.md").write_text(page(of(SCALED, rows)))
     plot(of(SCALED, rows), asked.out / "scaling.png")

@@ -13,9 +13,15 @@ from safetensors.flax import load_file
 
 from experiments.models.bert import Bert, Config, read_config
 
+KNOWN = "minilm"  # the model that has this name is fetched, whatever folder has it, too
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
 # What a checkpoint may hold beside the encoder: an index that newer versions compute, and the heads of other tasks.
 IGNORED = re.compile(r"(embeddings\.position_ids|(cls|classifier|qa_outputs)\..*)")
+
+
+def is_folder(model: str) -> bool:
+    """Whether a model's name is that of a folder."""
+    return model != KNOWN and Path(model).is_dir()
 
 
 def folder_of(model: str) -> Path:
@@ -42,7 +48,7 @@ def folder_of(model: str) -> Path:
 
 def identity(model: str) -> dict[str, str]:
     """What, beside its name, tells a local checkpoint from what its folder held before; nothing of one of the hub."""
-    if not Path(model).is_dir():
+    if not is_folder(model):
         return {}
     whole = hashlib.sha256()
     for name in FILES:
