@@ -128,18 +128,19 @@ def adalora(
     Args:
       rank: the rank of each matrix at the start; A is (in..., rank), e (rank,) and B (rank, out...), float32. 12 as in
         the paper, one and a half times the target.
-      target_rank: the mean rank in the end.
-      alpha: the numerator of the scale s; None means `rank`. The scale stays when ranks are pruned.
-      total_steps: of training.
-      tinit: the first steps, in which all ranks train.
+      target_rank: the mean rank in the end; 8 as in Hugging Face's peft.
+      alpha: the numerator of the scale s, not 0; None means `rank`. The scale stays when ranks are pruned.
+      total_steps: of training; the pruning is laid over them, so there is no default.
+      tinit: the first steps, in which all ranks train; 0, 0 and 1 of `tinit`, `tfinal` and `delta_t` are peft's. The
+        paper warms up and ends with a part of the steps that depends on the task.
       tfinal: the last ones, in which those that were pruned stay at zero. With 0, the last pruning would be at a step that
         is not run any more; the one before leaves the target or little more.
       delta_t: how many steps from one pruning to the next.
-      beta1, beta2: how slowly the averages move by which entries are judged: of the sensitivity `|p dL/dp|`, and of its
-        distance from its own average. The score of a rank is the product of both for its entry of e, plus the means of
-        the products over its column of A and its row of B.
-      orth_weight: the weight of the penalty.
-      dropout: rate at which the input of A is dropped, active under `peftjax.with_key`.
+      beta1, beta2: how slowly the averages move by which entries are judged, 0.85 as in the paper: of the sensitivity
+        `|p dL/dp|`, and of its distance from its own average. The score of a rank is the product of both for its entry
+        of e, plus the means of the products over its column of A and its row of B.
+      orth_weight: the weight of the penalty; 0.5 as in peft.
+      dropout: rate at which the input of A is dropped, 0 for none; active under `peftjax.with_key` only.
       targets: the weights to tune; by default every linear kernel but embeddings and the output head. Layers that a scan
         stacks, and experts, are matrices of their own, each with its share of the ranks.
       exclude: weights to leave out; wins over `targets`.
@@ -150,9 +151,10 @@ def adalora(
       overlays: `update` is a pure function that can be jitted with a traced step, and the tree holds all of its state.
 
     Raises:
-      ValueError: a target below 1 or above the rank, steps that leave no time to prune, averages outside (0, 1), a rank
-        above the smaller side of a weight, a weight that trains an AdaLoRA already, a pattern that matches nothing; in
-        `update`, a tree without the method's overlays, or without their gradients.
+      ValueError: a target below 1 or above the rank, steps that leave no time to prune, averages outside (0, 1), an alpha
+        of 0, a negative orth_weight, a dropout outside [0, 1), a rank above the smaller side of a weight, a weight that
+        trains an AdaLoRA already, a pattern that matches nothing; in `update`, a tree without the method's overlays, or
+        without their gradients.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj

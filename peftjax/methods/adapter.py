@@ -106,22 +106,26 @@ def adapter(
         "scaled_parallel" beside feed-forward layers, reading the stream that enters the sum. "scaled_parallel" trains
         its scale, one number an adapter, from 1.
       bottleneck: the width m of D (F, m) and U (m, F), both float32; None means F / reduction, at least 1.
-      reduction: how much narrower than the layer's F features; 16 is the usual start, 2 for the parallel kinds.
-      activation: f: "relu", "gelu", "gelu_tanh", "swish", "tanh", "leaky_relu", "sigmoid" or "identity".
+      reduction: how much narrower than the layer's F features; 16, AdapterHub's for the serial kinds. Its parallel kinds
+        take 2, which is not the default here.
+      activation: f: "relu", "gelu", "gelu_tanh", "swish", "tanh", "leaky_relu", "sigmoid" or "identity". "relu" as in
+        AdapterHub, but for its Houlsby adapters, which take "swish".
       targets: the layers, by their kernels; None means those that end the kind's sublayers. Layers whose outputs meet no
         residual add can have a "houlsby" adapter, which then acts on the output itself.
       exclude: layers to leave out; wins over `targets`.
       init: "exact" (D uniform in +-1/sqrt(F), U = 0: nothing changes at first, He et al.), "near" (D and U of deviation
         0.01, cut at two deviations: nearly nothing, Houlsby et al.) or "bert" (of deviation 0.02, AdapterHub). d, u = 0.
-      scale: c; None means 4 for "parallel" (He et al.), else 1. `peftjax.scale` multiplies it.
+      scale: c, beside the one that "scaled_parallel" trains; None means 4 for "parallel" (He et al.), else 1.
+        `peftjax.scale` multiplies it.
 
     Returns:
       The method; it needs roles. It does not merge: keep `wrap`, or set it aside by `peftjax.disable`. To train the
       norms too, as Houlsby et al. do: `chain(adapter("houlsby"), layer_norm())`.
 
     Raises:
-      ValueError: an unknown kind, activation or init; a target that is no kernel, or whose output never meets the
-        residual stream; no sublayer of the kind.
+      ValueError: an unknown kind, activation or init; a bottleneck below 1 or a reduction not above 0; no roles; a target
+        that is no kernel, or whose output never meets the residual stream; no sublayer of the kind; for "pfeiffer", a
+        norm after the sum that roles could not read.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj

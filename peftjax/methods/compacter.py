@@ -84,18 +84,20 @@ def compacter(
       reduction: how much narrower than the layer's F features; 32 in the paper.
       terms: n, the number of Kronecker products, and of rows and columns of each rule; it divides F and m. 4 in the paper.
       rank: the inner size k of L_i (F/n or m/n, k) and R_i; 1 in the paper. All arrays are float32.
-      activation: f, as in `peftjax.adapter`.
+      activation: f, as in `peftjax.adapter`; "gelu" as in AdapterHub.
       targets: the layers, by their kernels; None means those that end the kind's sublayers.
       exclude: layers to leave out; wins over `targets`.
-      init_range: the deviation of P (n, n, n) at the start. L and R are drawn by Glorot's rule, d = u = 0: A starts near 0.
-      scale: c. `peftjax.scale` multiplies it.
+      init_range: the deviation of P (n, n, n) at the start, 1e-4 as in AdapterHub. L and R are drawn by Glorot's rule,
+        d = u = 0: A starts near 0.
+      scale: c, 1 as in the paper. `peftjax.scale` multiplies it.
 
     Returns:
       The method; it needs roles, and does not merge. P is one array for all layers and both projections: the first
       overlay in tree order holds it, the others refer to it.
 
     Raises:
-      ValueError: an unknown kind or activation; sizes that n does not divide; targets as in `peftjax.adapter`.
+      ValueError: an unknown kind or activation; terms or a rank below 1, a reduction not above 0; sizes that n does not
+        divide; no roles; targets as in `peftjax.adapter`.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj

@@ -104,13 +104,16 @@ def dora(
     it. A bias is not scaled. `pj.scale` moves both parts: `s A B` by its factor f, the magnitude to `|W| + f (m - |W|)`.
 
     Args:
-      rank: the inner size r; A is (in..., r) and B (r, out...), both float32.
-      alpha: the numerator of the scale s = alpha / rank; None means `rank`, a scale of 1.
-      targets: the weights to tune; by default every linear kernel but embeddings and the output head.
+      rank: the inner size r; A is (in..., r) and B (r, out...), both float32. 8 as `peftjax.lora` has it, to compare; in
+        the paper half of LoRA's serves.
+      alpha: the numerator of the scale s = alpha / rank, not 0; None means `rank`: a scale of 1, and of sqrt(rank) with
+        `rslora`.
+      targets: the weights to tune; by default every linear kernel but embeddings and the output head, as for LoRA.
       exclude: weights to leave out; wins over `targets`.
       rslora: scales by `alpha / sqrt(rank)`.
-      dropout: rate at which inputs are dropped, active under `peftjax.with_key`: with x' the dropped input and g the
-        factor m / |V|, the output is `x W + (g - 1) x' W + g s x' A B`, which costs a second product with W.
+      dropout: rate at which inputs are dropped, 0 for none; active under `peftjax.with_key` only: with x' the dropped
+        input and g the factor m / |V|, the output is `x W + (g - 1) x' W + g s x' A B`, which costs a second product
+        with W.
       init: how A and B start, as in `peftjax.lora`; the magnitude starts at |V|.
       rank_pattern: regex -> rank for some weights; the first match wins, and its scale uses its own rank.
       alpha_pattern: regex -> alpha, likewise.
@@ -122,7 +125,8 @@ def dora(
       another overlay, whose norms are taken anew each time, to rounding.
 
     Raises:
-      ValueError: a rank below 1 or above the smaller side of a weight, an unknown init, a pattern that matches nothing.
+      ValueError: a rank below 1 or above the smaller side of a weight, an alpha of 0, a dropout outside [0, 1), an
+        unknown init, layers of a weight that is not stacked, a pattern that matches nothing.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj

@@ -50,9 +50,9 @@ def ia3(targets: Targets, feedforward: Targets = (), *, exclude: Targets = ()) -
     Args:
       targets: the kernels whose outputs are scaled, their biases with them; there is no default, for which layers make
         keys and values is a matter of names: ("key", "value") in the paper.
-      feedforward: the kernels whose inputs are scaled instead, also where `targets` names them. In the paper these are
-        the second ones of the feed-forward blocks: their input is the inner activation. The channels of a convolution
-        are scaled, not the taps of its window.
+      feedforward: the kernels whose inputs are scaled instead, also where `targets` names them; none by default, for
+        they are a matter of names, too. In the paper these are the second ones of the feed-forward blocks: their input is
+        the inner activation. The channels of a convolution are scaled, not the taps of its window.
       exclude: kernels to leave out; wins over both.
 
     Returns:
@@ -61,8 +61,9 @@ def ia3(targets: Targets, feedforward: Targets = (), *, exclude: Targets = ()) -
       and `peftjax.merge` scales them all.
 
     Raises:
-      ValueError: no roles, which find the biases; a kernel without the axes to scale; a bias that something else adds
-        too, or that does not lie along its kernel's outputs; inputs of a grouped convolution or of a lookup.
+      ValueError: no roles, which find the biases; a pattern that matches no kernel; a kernel that trains an IA3 already,
+        or without the axes to scale; a bias that is added to something else too, or that does not lie along its kernel's
+        outputs; inputs of a grouped convolution or of a lookup.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj

@@ -61,8 +61,8 @@ def loha(
 
     Args:
       rank: the inner size r of both products; theirs has a rank up to r * r. w1a and w2a are (r, out...), w1b and w2b
-        (in..., r), all float32. 8 is the usual start.
-      alpha: the numerator of the scale s; None means `rank`, a scale of 1.
+        (in..., r), all float32. 8 as in Hugging Face's peft; it costs what LoRA of rank 16 does.
+      alpha: the numerator of the scale s, not 0; None means `rank`, a scale of 1 at every rank.
       targets: the weights to tune; by default every linear kernel but embeddings and the output head. The taps of a
         convolution's window count as inputs.
       exclude: weights to leave out; wins over `targets`.
@@ -72,7 +72,7 @@ def loha(
       The method. w1a and w2a start uniform in +-1/sqrt(r), w1b in +-1/sqrt(in), and w2b at zero.
 
     Raises:
-      ValueError: a rank below 1 or above the smaller side of a weight, a pattern that matches nothing.
+      ValueError: a rank below 1 or above the smaller side of a weight, an alpha of 0, a pattern that matches nothing.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj

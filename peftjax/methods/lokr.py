@@ -120,15 +120,16 @@ def lokr(
 
     Args:
       rank: the inner size r of a low-rank w2 = w2b (n, r) w2a (r, k), which is used where r < max(n, k) / 2. A rank
-        above it gives whole matrices (KronA).
-      alpha: the numerator of the scale s, also of whole matrices; None means `rank`, a scale of 1.
+        above it gives whole matrices (KronA). 8 as in Hugging Face's peft.
+      alpha: the numerator of the scale s, also of whole matrices, not 0; None means `rank`, a scale of 1.
       targets: the weights to tune; by default every linear kernel but embeddings and the output head.
       exclude: weights to leave out; wins over `targets`.
       factor: how an axis is cut: (factor, the rest) where it divides, else the most even cut whose smaller part is at
         most this; -1 is the most even one, with the fewest parameters.
-      decompose_both: whether w1 is low-rank too, w1b (m, r) w1a (r, l), where r < max(m, l) / 2.
+      decompose_both: whether w1 is low-rank too, w1b (m, r) w1a (r, l), where r < max(m, l) / 2. False, for w1 is the
+        smaller one unless `factor` says otherwise, and whole it costs little.
       tucker: whether a low-rank w2 of a convolution whose window has several taps keeps them in a core t2 (taps, r, r)
-        of its own, w2b t2 w2a, rather than in w2b.
+        of its own, w2b t2 w2a, rather than in w2b, which is larger. False as in peft.
       outer: the matrix whose index is the outer one of each axis: "w1" as in the papers, or "w2", which Hugging Face peft
         has in one-dimensional convolutions with a whole w2.
 
@@ -137,8 +138,8 @@ def lokr(
       uniform in +-1/sqrt(inputs of the matrix), taps among them.
 
     Raises:
-      ValueError: a rank below 1, a factor that is no positive number or -1, a leaf that is no kernel, a pattern that
-        matches nothing.
+      ValueError: a rank below 1, an alpha of 0, a factor that is no positive number or -1, an unknown `outer`, a leaf
+        that is no kernel, a pattern that matches nothing.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj

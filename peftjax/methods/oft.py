@@ -99,17 +99,19 @@ def oft(
 
     Args:
       rank: the number of blocks along a weight's inputs; or else
-      block_size: the number of inputs in a block, 32 where neither is given. Either has to divide the inputs.
+      block_size: the number of inputs in a block; 32, as in Hugging Face's peft, where neither is given. Either has to
+        divide the inputs.
       targets: the weights to tune; by default every linear kernel but embeddings and the output head. Inputs of several
         axes count as one, those of a convolution as (channels, window). Of a table, the features that it gives are
         turned: `W R`.
       exclude: weights to leave out; wins over `targets`.
-      share: one block, repeated along all inputs.
+      share: one block, repeated along all inputs; False, for a block of its own turns each part freely.
       neumann_terms: sums this many terms of a series in the place of the inverse, `I + 2 Q + 2 Q^2 + ... + Q^(k - 1)`, as
         OFTv2 does with 5: no solve, and orthogonal as long as Q is small. As in Hugging Face's files, this is the
-        series of the opposite turn, R of -Q.
+        series of the opposite turn, R of -Q. None takes the inverse.
       eps: constrained OFT: the largest norm of Q, over all blocks of a weight, by which each trained block is scaled
-        down; after a step, `Method.update` scales the trained numbers themselves. Hugging Face's value is 6e-5.
+        down; after a step, `Method.update` scales the trained numbers themselves. Hugging Face's value is 6e-5; None is
+        without a limit.
 
     Returns:
       The method. Each weight trains `upper`, float32, (blocks, block_size (block_size - 1) / 2): the upper triangles of
@@ -117,8 +119,9 @@ def oft(
       is no longer orthogonal between the two. A convolution with a window wider than 1 is merged where it acts.
 
     Raises:
-      ValueError: both or neither of rank and block size fit, a block of one feature, a leaf that is no kernel, fewer
-        than 2 terms, an eps that is not positive.
+      ValueError: both a rank and a block size; one, also the 32, that does not divide a weight's inputs or leaves blocks
+        of one feature; a leaf that is no kernel; fewer than 2 terms; an eps that is not positive; a pattern that matches
+        nothing.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj

@@ -46,16 +46,18 @@ def p_tuning(length: int = 20, hidden: int = 128, *, encoder: str = "mlp", targe
     The model runs through `peftjax.wrap_tokens`. Once trained, `peftjax.fold` keeps P alone, as `prompt` holds it.
 
     Args:
-      length: how many virtual tokens n; E is (n, D), all float32.
-      hidden: the width of the network's two hidden layers. It trains faster than P itself, at D h + h h + h D weights.
-      encoder: "mlp", the network above.
+      length: how many virtual tokens n; E is (n, D), all float32. 20 as for `peftjax.prompt`, to compare.
+      hidden: the width h of the network's two hidden layers, which costs D h + h h + h D weights while it trains: 128
+        keeps that small beside a table.
+      encoder: "mlp", the network above, and the only one there is.
       targets: the table of embeddings; None finds it by the roles, where the model looks up one table only.
 
     Returns:
       The method. E starts N(0, 1), the weights uniform in +-1/sqrt(inputs), the biases 0.
 
     Raises:
-      ValueError: a length or a width below 1, an unknown encoder, no table, or more than one.
+      ValueError: a length or a width below 1, an unknown encoder, no table, or more than one, neither roles nor targets,
+        a table that has virtual tokens already.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj

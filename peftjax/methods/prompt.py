@@ -35,7 +35,8 @@ def prompt(
       The method.
 
     Raises:
-      ValueError: a length below 1, an unknown init, ids outside the vocabulary, no table, or more than one.
+      ValueError: a length below 1, an unknown init, ids outside the vocabulary, no table, or more than one, neither
+        roles nor targets, a table that has virtual tokens already.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj

@@ -96,24 +96,25 @@ def reft(
 
     Args:
       rank: the dimension r of the subspace; R and W are (r, F), kept transposed, b (r,), all float32. R is the QR
-        factor of a free matrix, so that any optimizer keeps its rows orthonormal.
+        factor of a free matrix, so that any optimizer keeps its rows orthonormal. Few do: the paper takes 1 to 8.
       positions: "all", or tokens counted from the ends, "f7+l7", "f1" or "l2": those need `peftjax.wrap_tokens`, which
         knows the axis of tokens. Padding is not known there: the last tokens are those of the padded length, so pad on
         the left where the last ones matter. Of a shorter sequence, all there are.
       where: "residual", on the residual sum after a layer, the stream itself, before a norm that follows; or "output",
         on the layer's own output.
-      targets: the layers, by their kernels; None means those that end feed-forward sublayers, so z is what a block ends with.
+      targets: the layers, by their kernels; None means those that end feed-forward sublayers, so z is what a block ends
+        with.
       exclude: layers to leave out; wins over `targets`.
       init: "identity" (W = R, b = 0: nothing changes at first but by rounding) or "uniform" (W and b uniform in
         +-1/sqrt(F), as the paper's code).
-      scale: c. `peftjax.scale` multiplies it.
+      scale: c, 1 as in the paper. `peftjax.scale` multiplies it.
 
     Returns:
       The method; it needs roles, and does not merge.
 
     Raises:
-      ValueError: a rank below 1 or above the features; positions, a place or a start that do not exist; targets as in
-        `peftjax.adapter`.
+      ValueError: no roles; a rank below 1 or above the features; positions, a place or a start that do not exist;
+        targets as in `peftjax.adapter`.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj

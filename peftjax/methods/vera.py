@@ -66,11 +66,11 @@ def vera(
 
     Args:
       rank: the inner size r, which may exceed the weights' own: a vector d of it trains for each layer. 256 is the
-        paper's for models of BERT's size.
+        paper's for RoBERTa-large, where the base model has 1024.
       targets: the weights to tune; by default every linear kernel but embeddings and the output head.
       exclude: weights to leave out; wins over `targets`.
       d_init: where d starts; b starts at zero. 0.1 as in the paper, where 1e-7 trains about as well.
-      dropout: rate at which the input of A is dropped, active under `peftjax.with_key`.
+      dropout: rate at which the input of A is dropped, 0 for none; active under `peftjax.with_key` only.
 
     Returns:
       The method. A (largest inputs, r) and B (r, largest outputs) are drawn once, float32, uniform in
@@ -79,7 +79,8 @@ def vera(
       and B. Without roles it takes kernels of two axes only, (in, out).
 
     Raises:
-      ValueError: a rank below 1, a dropout outside [0, 1), a leaf that is no kernel or trains a VeRA already, a pattern that matches nothing.
+      ValueError: a rank below 1, a dropout outside [0, 1), a leaf that is no kernel or trains a VeRA already, a pattern
+        that matches nothing.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj
