@@ -25,7 +25,7 @@ def scale(tuned: Any, factor: Any) -> Any:
       A tree of the same structure and types, so nothing is traced again.
 
     Raises:
-      ValueError: the factor is not a finite scalar.
+      ValueError: the factor has axes, or is a Python number that is not finite; of an array, the value is not looked at.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj
