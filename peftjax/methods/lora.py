@@ -127,7 +127,7 @@ def lora(
       any_rank: allows ranks above a weight's smaller side, which add nothing but are in files of other libraries.
 
     Returns:
-      The method. Without roles it takes kernels of two axes only, (in, out).
+      The method. Without roles it takes kernels of two axes only, (in, out), the output head among them.
 
     Raises:
       ValueError: a rank below 1 or above the smaller side of a weight, an alpha of 0, a dropout outside [0, 1), an
