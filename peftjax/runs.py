@@ -1,7 +1,7 @@
 """Checkpoints of a run: all that moves, and what it was made with; the base itself is never written.
 
-Orbax writes them: `import peftjax.runs` needs `orbax-checkpoint`, which the extra `experiments` brings, and raises
-`ModuleNotFoundError` without it. `peftjax.save` writes an adapter alone, and needs no Orbax.
+Orbax writes them: `import peftjax.runs` needs `orbax-checkpoint`, which the extra `experiments` brings, and without it
+raises `ModuleNotFoundError`, which says so. `peftjax.save` writes an adapter alone, and needs no Orbax.
 """
 
 import contextlib
@@ -13,8 +13,15 @@ from typing import Any, Iterator, Mapping
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
+
+try:
+    import orbax.checkpoint as ocp
+    from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f'peftjax.runs: {error}; checkpoints of runs need orbax-checkpoint: pip install "peftjax[experiments]"',
+        name=error.name,
+    ) from error
 
 from peftjax.fingerprint import compare, sums
 from peftjax.flat import unique
