@@ -140,9 +140,6 @@ def lora(
       >>> tuned = pj.lora(rank=2, alpha=4).init(jax.random.key(0), {"w": jnp.ones((4, 3))})
       >>> tuned["w"], tuned["w"].a.shape, tuned["w"].b.shape
       (LoRA(float32[4,3], rank=2), (4, 2), (2, 3))
-      >>> apply, x = pj.wrap(lambda params, x: x @ params["w"]), jnp.ones((1, 4))
-      >>> apply(tuned, x)
-      Array([[4., 4., 4.]], dtype=float32)
 
     Reference: Hu et al. 2021, arXiv 2106.09685; rsLoRA 2312.03732; LoRA-FA 2308.03303; PiSSA 2404.02948; OLoRA 2406.01775.
     """
