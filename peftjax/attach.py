@@ -22,8 +22,8 @@ def attach(
     """Finds the roles of a model's parameters, applies a method, and wraps the model.
 
     `key` and `tokens` are attach's own, and never reach `fn`. A model's argument of either name is given by its place in
-    `*args`, or bound in `fn`: `lambda params, x: model(params, x, key=model_key)`. `apply` has no arguments of its own:
-    there, `key=` and `tokens=` are the model's.
+    `*args`; one that is keyword-only, under another name: `lambda params, x, rng: model(params, x, key=rng)`. `apply` has
+    no arguments of its own: there, `key=` and `tokens=` are the model's.
 
     Args:
       method: what to apply, such as `peftjax.lora()`.
@@ -42,7 +42,7 @@ def attach(
 
     Raises:
       ValueError: a target that matches nothing, a leaf that the method cannot tune, or a `side` in `tokens` that is none.
-      TypeError: `tokens` is no mapping of options, such as an array meant for the model.
+      TypeError: `tokens` is no mapping of options, such as an array meant for the model, or holds an unknown one.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj
@@ -53,13 +53,15 @@ def attach(
       (1, 2)
 
     Virtual tokens, of which the caller sees nothing:
-      >>> fn = lambda params, input_ids, attention_mask: params["words"][input_ids] * attention_mask[..., None]
+      >>> def fn(p, input_ids, attention_mask):
+      ...     x = p["words"][input_ids]
+      ...     scores = jnp.where(attention_mask[:, None] > 0, x @ (x @ p["key"]).mT, -1e9)
+      ...     return jax.nn.softmax(scores) @ (x @ p["value"])
+      >>> params = {"words": jnp.ones((5, 2)), "key": jnp.ones((2, 2)), "value": jnp.ones((2, 3))}
       >>> ids, mask = jnp.array([[1, 2, 3]]), jnp.ones((1, 3))
-      >>> apply, tuned = pj.attach(
-      ...     pj.prompt(2), fn, {"words": jnp.ones((5, 2))}, ids, mask, key=jax.random.key(0), tokens={"side": "first"}
-      ... )
-      >>> tuned["words"], apply(tuned, ids, mask).shape
-      (Prompt(float32[5,2], length=2), (1, 3, 2))
+      >>> apply, tuned = pj.attach(pj.prefix(4), fn, params, ids, mask, key=jax.random.key(0), tokens={"side": "last"})
+      >>> tuned["value"], apply(tuned, ids, mask).shape
+      (Prefix(float32[2,3], length=4), (1, 3, 3))
     """
     run = wrap(fn) if tokens is None else wrap_tokens(fn, **tokens)
     return run, method.init(key, params, roles(fn, params, *args, **kwargs))

@@ -44,12 +44,12 @@ def check(
 ) -> Report:
     """Runs those laws of peftjax on a model that need nothing beside it: a smoke test, and no proof.
 
-    1, where the method claims it: the tuned model equals the model before training. 2, where every overlay says that it
-    merges, as of this library's own only those of LoRA do: merged and tuned model are equal. 3, in part: each array that
-    trains has a finite gradient that is not zero, of the sum of the outputs; it is compared with no other. 4: `strip`
-    gives the buffers back. 6, in part: other trained values make no new program. 7, in part: `insert` undoes `extract`;
-    nothing is saved. Beside these, that every overlay acts. Not tried are 5 and 8 to 12: training, chains, vmap, meshes,
-    wrong use, virtual tokens.
+    1, where the method claims it: the tuned model equals the model before training. 2, of trees of LoRA alone: merged and
+    tuned model are equal; it asks overlays for `merges`, which others that merge do not state. 3, in part: each array
+    that trains has a finite gradient that is not zero, of the sum of the outputs; it is compared with no other. 4:
+    `strip` gives the buffers back. 6, in part: other trained values make no new program. 7, in part: `insert` undoes
+    `extract`; nothing is saved. Beside these, that every overlay acts. Not tried are 5 and 8 to 12: training, chains,
+    vmap, meshes, wrong use, what stands at a prefix's positions.
 
     The errors are `max|difference| / max|reference|`, with trained fields moved away from their start; the tolerance is
     1e-5, and 2e-2 where the parameters hold floating point narrower than float32. Dropout is off.
@@ -57,7 +57,7 @@ def check(
     Args:
       method: the method to try.
       fn, params, *args, **kwargs: the model, which returns floating point, and one small batch of real arrays. A model's
-        own argument `key` is given by place, as for `peftjax.attach`.
+        own arguments `key` and `tokens` are given by place, as for `peftjax.attach`.
       key: a PRNG key for the method's start and the moves; `jax.random.key(0)` by default, so that findings repeat.
 
     Returns:
@@ -65,7 +65,7 @@ def check(
 
     Raises:
       ValueError: a method that acts on tokens, which only `peftjax.wrap_tokens` runs; else as `peftjax.attach`.
-      TypeError: no output is of floating point, or the batch is abstract.
+      TypeError: no output is of floating point, the batch is abstract, or `tokens` is given by name.
 
     Example:
       >>> import jax.numpy as jnp, peftjax as pj

@@ -41,7 +41,8 @@ def save(folder: str | os.PathLike[str], tuned: Any, method: Method, roles: Role
       roles: the roles that `init` was given, so that `load` needs none.
 
     Raises:
-      ValueError: nothing to save, a method that did not make the tree, or whose targets are a function, an array holds a NaN or an infinity, or the folder holds other files.
+      ValueError: nothing to save, one part of `partition`, a method that did not make the tree, or whose targets are a
+        function, an array holds a NaN or an infinity, or the folder holds other files.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj, tempfile

@@ -74,7 +74,8 @@ class Method:
         Args:
           key: a PRNG key; every leaf draws from it folded with the leaf's path.
           params: the pretrained tree, or one that already holds overlays.
-          roles: what `peftjax.roles` found; without it only kernels of two axes, (in, out), are accepted.
+          roles: what `peftjax.roles` found; without it only leaves of up to two axes are accepted, kernels as (in, out),
+            and "all-linear" takes the output head for a kernel like others.
 
         Returns:
           The tuned tree.

@@ -212,6 +212,28 @@ class Output(Overlay):
     Several on one leaf act each at its own place, and at one place from the inside out, every one on what the one
     below it made: at the output `y <- on_output(y)`, then at the residual add `h <- on_residual(h, r)` with the same
     stream r for all, and at last the sum `h + r`.
+
+    Its functions are given the site (`peftjax.site.Site`): where they fire, and which axis has the tokens.
+
+    Example:
+      >>> import jax.numpy as jnp, peftjax as pj
+      >>> from peftjax.overlay import Output, frozen, overlay, static, trained
+      >>> @overlay
+      ... class Shifted(Output):
+      ...     "`y + scale c`, on a kernel (in, out)."
+      ...     base: Any = frozen()
+      ...     c: Any = trained()  # (out,)
+      ...     scale: Any = frozen()  # ()
+      ...     kernel: Any = static(default=None)
+      ...     where: str = static(default="output")
+      ...     locked: tuple[str, ...] = static(default=())
+      ...     def labels(self):
+      ...         return {"c": ((1,),), "scale": ()}
+      ...     def on_output(self, y, site):
+      ...         return y + self.scale * self.c
+      >>> tuned = {"w": Shifted(base=jnp.ones((3, 2)), c=jnp.array([0.0, 1.0]), scale=jnp.ones(()))}
+      >>> pj.wrap(lambda params, x: x @ params["w"])(tuned, jnp.ones((1, 3)))
+      Array([[3., 4.]], dtype=float32)
     """
 
     merges = False

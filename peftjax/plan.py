@@ -3,7 +3,8 @@
     python -m peftjax.plan --model=config.json --topology=v5e:2x4 --mesh=fsdp:2,model:4 --length=4096
 
 compiles one step of each method for a TPU slice, without weights and without a TPU (the extra `plan` brings the
-compiler), and prints what each chip holds and does.
+compiler), and prints what each chip holds and does. From Python, `plan(Planned(...), mesh, method)` gives the same as a
+`peftjax.step_cost.Cost`, of any model and method.
 """
 
 import argparse
@@ -47,9 +48,9 @@ class Planned:
 
     Attributes:
       fn: `fn(params, batch)`.
-      params: its abstract parameters.
-      batch: an abstract batch.
-      specs: where the parameters lie on the mesh, as `peftjax.train_state` reads it.
+      params: its parameters, as `jax.ShapeDtypeStruct`s.
+      batch: a batch, likewise; examples along axis 0, a multiple of the devices over which they are split.
+      specs: where the parameters lie on the mesh, as `peftjax.train_state` reads it; None replicates them.
       loss: as `peftjax.make_train_step` reads it.
     """
 
@@ -63,8 +64,18 @@ class Planned:
 def devices(topology: str) -> list[Any]:
     """The devices of a TPU slice that need not be there, such as "v5e:2x4" or "v5p:4x4x4"; "local" are those that are.
 
+    For a slice it sets, where they are not set, the environment variables that say which machine this is.
+
     Raises:
       ValueError: a name of another form, or no compiler for it.
+
+    Example:
+      >>> devices("local") == jax.devices()
+      True
+      >>> devices("v5e")
+      Traceback (most recent call last):
+      ...
+      ValueError: topology 'v5e': expected local, or a slice such as v5e:2x4 (v5e, v5p, v6e)
     """
     if topology == "local":
         return jax.devices()
@@ -95,6 +106,27 @@ def plan(model: Planned, mesh: Mesh, method: Method | None, name: str = "", foun
       method: the method; None is fine-tuning of every parameter in its own dtype, as without peftjax.
       name: for the table.
       found: the model's roles, where they are known already.
+
+    Returns:
+      The cost, as `peftjax.step_cost.cost` reads it off the compiler. Where that refuses, its `error` says why.
+
+    Raises:
+      ValueError: a leaf that the method cannot tune, specs that do not fit, or examples that the mesh does not divide.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, peftjax as pj
+      >>> from peftjax.plan import Planned, plan
+      >>> from peftjax.sharding_rules import make_mesh
+      >>> model = Planned(
+      ...     fn=lambda params, batch: batch @ params["w"],
+      ...     params={"w": jax.ShapeDtypeStruct((8, 4), jnp.float32)},
+      ...     batch=jax.ShapeDtypeStruct((16, 8), jnp.float32),
+      ...     specs=None,
+      ...     loss=lambda y, batch: ((y**2).mean(), {}),
+      ... )
+      >>> cost = plan(model, make_mesh("data:1", jax.devices()[:1]), pj.lora(rank=2, targets="w"), "lora")
+      >>> cost.trainable, cost.devices
+      (24, 1)
     """
     tx = optax.adamw(1e-4)
     if method is None:

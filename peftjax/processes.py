@@ -26,7 +26,18 @@ def join(
 
     Raises:
       TimeoutError: not all came; says which did not.
-      ValueError: an index that is not there, or that two processes have.
+      ValueError: an index that is not there, or that two processes have; a coordinator that is no "host:port"; what
+        SLURM or Cloud TPU tells cannot be read.
+      OSError: process 0 cannot listen at the port.
+      RuntimeError: from JAX, which has computed something already, or has joined.
+
+    Example, the first lines of a script that runs on two machines, here on the first:
+      >>> from peftjax.processes import join
+      >>> join("node0:1234", processes=2, index=0)  # doctest: +SKIP
+      >>> join("node0", processes=2, index=0)
+      Traceback (most recent call last):
+      ...
+      ValueError: coordinator 'node0': expected host:port of process 0
     """
     gpus: list[int] | None = None  # all of the machine
     if coordinator is None:

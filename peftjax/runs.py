@@ -1,4 +1,8 @@
-"""Checkpoints of a run: all that moves, and what it was made with; the base itself is never written."""
+"""Checkpoints of a run: all that moves, and what it was made with; the base itself is never written.
+
+Orbax writes them: `import peftjax.runs` needs `orbax-checkpoint`, which the extra `experiments` brings, and without it
+raises `ModuleNotFoundError`, which says so. `peftjax.save` writes an adapter alone, and needs no Orbax.
+"""
 
 import contextlib
 import dataclasses
@@ -9,8 +13,15 @@ from typing import Any, Iterator, Mapping
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
+
+try:
+    import orbax.checkpoint as ocp
+    from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f'peftjax.runs: {error}; checkpoints of runs need orbax-checkpoint: pip install "peftjax[experiments]"',
+        name=error.name,
+    ) from error
 
 from peftjax.fingerprint import compare, sums
 from peftjax.flat import unique
@@ -32,8 +43,8 @@ class Runs:
       folder: theirs alone, and the same for all processes; made where it is missing.
       method: the method that made the tree.
       roles: the roles that its `init` was given, if any.
-      latest: how many of the latest checkpoints to keep.
-      best: how many of the best to keep besides.
+      latest: how many of the latest checkpoints to keep; 1, for a run goes on from the last one.
+      best: how many of the best to keep besides, of those that were saved with the metric; 1, to be taken in the end.
       metric: the name of the metric that says which are best, the smallest first; see `lowest`.
       lowest: False where the largest are best.
       settings: what else has to be the same when a run goes on, as JSON-able values by name.
@@ -46,11 +57,13 @@ class Runs:
       >>> from peftjax.runs import Runs
       >>> method = pj.unfreeze("b")
       >>> tuned = method.init(jax.random.key(0), {"b": jnp.ones(2), "w": jnp.ones((2, 2))})
-      >>> state = pj.train_state(tuned, optax.sgd(0.1))
+      >>> fresh = pj.train_state(tuned, optax.sgd(0.1))
       >>> with tempfile.TemporaryDirectory() as folder, Runs(folder, method) as runs:
-      ...     runs.save(state, data={"batch": 3})
-      ...     runs.wait()
-      ...     runs.restore(state)[1]
+      ...     for _ in "begun", "resumed":
+      ...         state, data = runs.restore(fresh) or (fresh, {"batch": 0})
+      ...         print(data)
+      ...         runs.save(state, data={"batch": 3})
+      {'batch': 0}
       {'batch': 3}
     """
 
@@ -168,7 +181,8 @@ class Runs:
           number: which checkpoint; None for the latest.
 
         Returns:
-          `(state, data)`, or None where there is no checkpoint.
+          `(state, data)`, or None where there is no checkpoint yet and no number was asked for: a run that begins or goes
+          on is `state, data = runs.restore(fresh) or (fresh, None)`.
 
         Raises:
           ValueError: another method, base, optimizer or rank, with what was found and expected; or no such checkpoint.

@@ -25,7 +25,7 @@ def scale(tuned: Any, factor: Any) -> Any:
       A tree of the same structure and types, so nothing is traced again.
 
     Raises:
-      ValueError: the factor is not a finite scalar.
+      ValueError: the factor has axes, or is a Python number that is not finite; of an array, the value is not looked at.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj
@@ -96,12 +96,12 @@ def with_key(tuned: Any, key: Any) -> Any:
 
     Args:
       tuned: a tree with overlays.
-      key: a random key, a new one for every step; None takes the keys out.
+      key: a random key, of `jax.random.key` or the older `PRNGKey`, a new one for every step; None takes the keys out.
 
     Returns:
       The tree with keys. Overlays whose dropout is 0 stay as they are. The input of a weight drops out where the weight
-      contracts or convolves it; a lookup has none to drop. Where an overlay has no rule it would have to be merged, which
-      raises under a key.
+      contracts or convolves it; a lookup has none to drop. Where an overlay has no rule and would have to be merged, the
+      wrapped function raises ValueError. `peftjax.merge` sets keys aside.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj

@@ -32,6 +32,13 @@ class TrainState:
       key: what dropout draws from, folded with `step` at every step, or None for none.
       skipped: how many steps were left out, for a loss or a gradient that was not finite, int32 ().
       failing: how many of the last steps, in a row, int32 ().
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, peftjax as pj
+      >>> tuned = pj.unfreeze("b").init(jax.random.key(0), {"b": jnp.ones(2), "w": jnp.ones((2, 2))})
+      >>> state = pj.train_state(tuned, optax.sgd(0.1), key=jax.random.key(1))
+      >>> type(state).__name__, pj.extract(state.tuned), int(state.skipped)
+      ('TrainState', {'b/value': Array([1., 1.], dtype=float32)}, 0)
     """
 
     step: Any
@@ -64,11 +71,13 @@ def train_state(
       tuned: a tree with overlays, the same on every process. Abstract arrays make an abstract state, for
         `TrainStep.lower`.
       tx: the optimizer of what trains; it never sees a frozen array, so clipping and decay take none into account.
-      key: a PRNG key for dropout; None for none.
+      key: a PRNG key for dropout; None for none. A step gives overlays and the model a new one each time; see
+        `make_train_step`.
       model_state: what the model carries from step to step; replicated on the mesh unless it lies there already.
       mesh: the devices; None leaves every array where it is.
       specs: the partition of the base on the mesh, as `peftjax.sharding.specs` reads it: see `peftjax.sharding_rules`.
-        Overlay fields and the optimizer's state follow it. An axis that the mesh does not divide is replicated, and said so.
+        Overlay fields and the optimizer's state follow it. An axis that the mesh does not divide is replicated, and a
+        warning says so. None replicates all.
 
     Returns:
       The state. What trains is copied, for a step donates its buffers, and the caller's are not ours to give.
@@ -136,11 +145,12 @@ def make_train_step(
     A step whose loss or gradient is not finite changes nothing but its counts.
 
     Args:
-      apply: `apply(tuned, batch)`, the wrapped model. Where the state has a key, it is given `key=`; where the state
-        has a model state, it is given `model_state=` and returns `(outputs, model_state)`.
+      apply: `apply(tuned, batch)`, the wrapped model. Where the state has a key, the overlays get theirs of it, as by
+        `peftjax.with_key`, and apply is given another one, `key=`, which it has to take also where the model itself has
+        no use for it. Where the state has a model state, it is given `model_state=` and returns `(outputs, model_state)`.
       loss: `loss(outputs, batch) -> (value, aux)`. With `aux["weight"]`, the number of examples or tokens that count,
         value and the rest of aux are sums over these; without it they are means, of parts that weigh the same.
-      tx: the optimizer.
+      tx: the optimizer, the one of `train_state`.
       mesh: the devices that the state lies on; None for a state of one device.
       method: the method that made the tree: its `penalty` is added to the loss, its `update` runs after the optimizer.
       accumulate: into how many parts the batch is cut; 1 for none.
@@ -152,8 +162,8 @@ def make_train_step(
       `loss`, `grad_norm`, the weighted means of aux, `weight`, and `skipped`: scalars, equal on all devices.
 
     Raises:
-      ValueError: fewer than one part, or axes that the mesh does not have; when it is called, examples that the parts and the mesh do not divide, or a
-        state that does not lie on the mesh.
+      ValueError: fewer than one part, or axes that the mesh does not have; when it is called, examples that the parts
+        and the mesh do not divide, or a state that does not lie on the mesh.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, peftjax as pj
@@ -164,6 +174,14 @@ def make_train_step(
       >>> state, metrics = step(pj.train_state(tuned, tx), {"x": jnp.ones((4, 2))})
       >>> print(metrics["loss"], state.tuned["b"].value)
       9.0 [0.7 0.7]
+
+    With dropout, here in the overlays alone:
+      >>> tuned = pj.lora(rank=1, dropout=0.5).init(jax.random.key(0), {"w": jnp.ones((2, 2))})
+      >>> apply = pj.wrap(lambda params, batch, key: batch["x"] @ params["w"])
+      >>> step = pj.make_train_step(apply, lambda y, batch: ((y**2).mean(), {}), tx)
+      >>> state, metrics = step(pj.train_state(tuned, tx, key=jax.random.key(1)), {"x": jnp.ones((4, 2))})
+      >>> int(state.step)
+      1
     """
     if accumulate < 1:
         raise ValueError(f"accumulate={accumulate}: expected 1 or more parts of a batch")
@@ -176,7 +194,16 @@ def make_train_step(
 
 @dataclasses.dataclass(eq=False)
 class TrainStep:
-    """A compiled step from one `TrainState` to the next, as `make_train_step` makes it."""
+    """A compiled step from one `TrainState` to the next, as `make_train_step` makes it.
+
+    Example, what a step costs, without running it:
+      >>> import jax, jax.numpy as jnp, optax, peftjax as pj
+      >>> tuned = pj.unfreeze("b").init(jax.random.key(0), {"b": jnp.ones(2), "w": jnp.ones((2, 2))})
+      >>> apply, tx = pj.wrap(lambda params, x: x @ params["w"] + params["b"]), optax.sgd(0.1)
+      >>> step = pj.make_train_step(apply, lambda y, x: ((y**2).mean(), {}), tx)
+      >>> step.lower(pj.train_state(tuned, tx), jnp.ones((4, 2))).compile().cost_analysis()["flops"] > 0
+      True
+    """
 
     apply: Callable[..., Any]
     loss: Loss

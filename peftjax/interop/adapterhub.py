@@ -38,10 +38,29 @@ def load(path: str | os.PathLike[str], params: Any, roles: Roles, names: Names =
         are admitted.
 
     Returns:
-      The tuned tree, on the buffers of `params`.
+      The tuned tree, on the buffers of `params`. It runs through `peftjax.wrap`, and does not merge.
 
     Raises:
-      ValueError: lists everything in the folder that is damaged, unknown, not supported, or does not fit the model.
+      ValueError: lists everything in the folder that is missing, damaged, unknown, not supported, or does not fit the
+        model; `names` that are not one-to-one.
+
+    Example, a folder of the settings that have no default:
+      >>> import jax.numpy as jnp, json, numpy as np, pathlib, peftjax as pj, safetensors.numpy, tempfile
+      >>> from peftjax.interop import adapterhub
+      >>> fn = lambda p, x: x + jnp.tanh(x @ p["mlp"]["up"]["kernel"]) @ p["mlp"]["down"]["kernel"]
+      >>> params = {"mlp": {"up": {"kernel": jnp.ones((4, 8))}, "down": {"kernel": jnp.ones((8, 4))}}}
+      >>> said = {"mh_adapter": False, "original_ln_before": True, "scaling": 1.0}
+      >>> page = {"name": "task", "config": said | {"non_linearity": "relu", "reduction_factor": 2}}
+      >>> shapes = {"down.0.weight": (2, 4), "down.0.bias": 2, "up.weight": (4, 2), "up.bias": 4}
+      >>> tensors = {f"mlp.adapters.task.adapter_{k}": np.zeros(n, np.float32) for k, n in shapes.items()}
+      >>> with tempfile.TemporaryDirectory() as place:
+      ...     safetensors.numpy.save_file(tensors, place + "/adapter.safetensors")
+      ...     written = pathlib.Path(place, "adapter_config.json").write_text(json.dumps(page))
+      ...     tuned = adapterhub.load(place, params, pj.roles(fn, params, jnp.ones((1, 4))))
+      >>> tuned["mlp"]["down"]["kernel"]
+      Adapter(float32[8,4], sequential, bottleneck=2)
+
+    Reference: Poth et al. 2023, arXiv 2311.11077 (AdapterHub's `adapters`).
     """
     folder, faults = Path(path), Faults()
     base = Base(spots(params, roles, names))

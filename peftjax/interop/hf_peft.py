@@ -41,7 +41,20 @@ def method(path: str | os.PathLike[str], params: Any, roles: Roles, names: Names
       A chain of methods whose targets are the leaves' paths.
 
     Raises:
-      ValueError: an unknown method, options that are of a wrong type or not supported, or that name no module.
+      ValueError: no or a damaged configuration, an unknown method, options that are of a wrong type or not supported, or
+        that name no module.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, peftjax as pj, tempfile
+      >>> from peftjax.interop import hf_peft
+      >>> params = {"query": {"kernel": jnp.ones((4, 3))}}
+      >>> roles = pj.roles(lambda params, x: x @ params["query"]["kernel"], params, jnp.ones((1, 4)))
+      >>> tuned = pj.lora(rank=2, alpha=4, targets=("query",)).init(jax.random.key(0), params, roles)
+      >>> with tempfile.TemporaryDirectory() as place:
+      ...     hf_peft.save(place + "/adapter", tuned, roles)
+      ...     found = hf_peft.method(place + "/adapter", params, roles)
+      >>> found.init(jax.random.key(1), params, roles)["query"]["kernel"]
+      LoRA(float32[4,3], rank=2)
     """
     faults = Faults()
     return faults.none(faults.of(read, Path(path), params, roles, names, faults)).method
@@ -74,10 +87,28 @@ def load(
       The tuned tree, on the buffers of `params`. With virtual tokens it runs through `peftjax.wrap_tokens`. Peft puts
       prompts first in every model: `side="first"`; of BERT, whose pooler then reads the first of them, `check=False`.
       With a prefix, real positions begin at n: `shift=True`, and the model's positions given where virtual tokens come
-      last, as they do in encoders. Of P-tuning, files hold what the network put out: it is read as a prompt, and cannot train on as P-tuning.
+      last, as they do in encoders. Of P-tuning, files hold what the network put out: it is read as a prompt, and cannot
+      train on as P-tuning.
 
     Raises:
-      ValueError: lists everything in the folder that is damaged, unknown, not supported, or does not fit the model.
+      ValueError: lists everything in the folder that is missing, damaged, unknown, not supported, or does not fit the
+        model; `names` that are not one-to-one.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, peftjax as pj, tempfile
+      >>> from peftjax.interop import hf_peft
+      >>> fn = lambda params, x: x @ params["query"]["kernel"]
+      >>> params, x = {"query": {"kernel": jnp.ones((4, 3))}}, jnp.ones((1, 4))
+      >>> roles = pj.roles(fn, params, x)
+      >>> tuned = pj.lora(rank=2, targets=("query",)).init(jax.random.key(0), params, roles)
+      >>> with tempfile.TemporaryDirectory() as place:
+      ...     hf_peft.save(place + "/adapter", tuned, roles)
+      ...     again = hf_peft.load(place + "/adapter", params, roles)
+      >>> pj.wrap(fn)(again, x)
+      Array([[4., 4., 4.]], dtype=float32)
+
+    Its tensor `base_model.model.query.lora_A.weight` is A transposed, (2, 4). For a torch model that has this layer in a
+    module `encoder`, both take names={"(.*)": r"encoder.\\1"}.
     """
     folder, faults = Path(path), Faults()
     found = faults.of(read, folder, params, roles, names, faults, rope)
@@ -129,7 +160,19 @@ def save(
         None leaves it to peft, which reads it off its model.
 
     Raises:
-      ValueError: overlays that peft has no file for, of several methods, or not finite; names that are not one-to-one.
+      ValueError: overlays that peft has no file for, of several methods, or not finite; names that are not one-to-one; a
+        folder that holds other files.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, os, peftjax as pj, tempfile
+      >>> from peftjax.interop import hf_peft
+      >>> params = {"query": {"kernel": jnp.ones((4, 3))}}
+      >>> roles = pj.roles(lambda params, x: x @ params["query"]["kernel"], params, jnp.ones((1, 4)))
+      >>> tuned = pj.lora(rank=2, targets=("query",)).init(jax.random.key(0), params, roles)
+      >>> with tempfile.TemporaryDirectory() as place:
+      ...     hf_peft.save(place + "/adapter", tuned, roles, task_type="FEATURE_EXTRACTION")
+      ...     sorted(os.listdir(place + "/adapter"))
+      ['adapter_config.json', 'adapter_model.safetensors']
     """
     base = Base(spots(strip(tuned), roles, names), rope, heads)
     format = format_of(tuned)

@@ -58,6 +58,13 @@ def spots(params: Any, roles: Roles, names: Names = None) -> dict[str, Spot]:
     Raises:
       ValueError: lists the leaves that no entry names, entries that match no leaf, names that two leaves share, and
         leaves that stack several parameters under one name.
+
+    Example:
+      >>> import jax.numpy as jnp, peftjax as pj
+      >>> params = {"mlp": {"kernel": jnp.ones((4, 3))}}
+      >>> roles = pj.roles(lambda params, x: x @ params["mlp"]["kernel"], params, jnp.ones((1, 4)))
+      >>> list(spots(params, roles)), list(spots(params, roles, {"(.*)": r"encoder.\\1"}))
+      (['mlp.weight'], ['encoder.mlp.weight'])
     """
     found: dict[str, Spot] = {}
     faults: list[str] = []

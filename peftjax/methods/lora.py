@@ -127,7 +127,7 @@ def lora(
       any_rank: allows ranks above a weight's smaller side, which add nothing but are in files of other libraries.
 
     Returns:
-      The method. Without roles it takes kernels of two axes only, (in, out).
+      The method. Without roles it takes kernels of two axes only, (in, out), the output head among them.
 
     Raises:
       ValueError: a rank below 1 or above the smaller side of a weight, an alpha of 0, a dropout outside [0, 1), an
@@ -140,9 +140,6 @@ def lora(
       >>> tuned = pj.lora(rank=2, alpha=4).init(jax.random.key(0), {"w": jnp.ones((4, 3))})
       >>> tuned["w"], tuned["w"].a.shape, tuned["w"].b.shape
       (LoRA(float32[4,3], rank=2), (4, 2), (2, 3))
-      >>> apply, x = pj.wrap(lambda params, x: x @ params["w"]), jnp.ones((1, 4))
-      >>> apply(tuned, x)
-      Array([[4., 4., 4.]], dtype=float32)
 
     Reference: Hu et al. 2021, arXiv 2106.09685; rsLoRA 2312.03732; LoRA-FA 2308.03303; PiSSA 2404.02948; OLoRA 2406.01775.
     """

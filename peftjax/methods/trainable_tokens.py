@@ -75,8 +75,8 @@ def trainable_tokens(tokens: Sequence[int], *, targets: Targets | None = None, e
       Without roles, a leaf of two axes is a table (vocabulary, D).
 
     Raises:
-      ValueError: no ids, ids twice or outside the vocabulary, no table or more than one, a leaf with other than one axis
-        for the vocabulary, a pattern that matches nothing.
+      ValueError: no ids, ids twice or outside the vocabulary, no table or more than one, neither roles nor targets, a
+        leaf with other than one axis for the vocabulary, a pattern that matches nothing.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj

@@ -76,7 +76,7 @@ def vera(
       The method. A (largest inputs, r) and B (r, largest outputs) are drawn once, float32, uniform in
       +-sqrt(6 / largest inputs) and +-sqrt(6 / r); each weight uses the first rows of A and columns of B, every layer
       of a stack the same ones. Axes of inputs or outputs are taken in their order as one. `peftjax.save` keeps A
-      and B. Without roles it takes kernels of two axes only, (in, out).
+      and B. Without roles it takes kernels of two axes only, (in, out), the output head among them.
 
     Raises:
       ValueError: a rank below 1, a dropout outside [0, 1), a leaf that is no kernel or trains a VeRA already, a pattern
