@@ -21,12 +21,13 @@ from absl import app, flags
 from ml_collections import config_flags
 from rich.console import Console
 
-from experiments import images, report, running, vision
+from experiments import images, pages, report, running, vision
 from experiments.data import Dataset
 from experiments.images import Images
 from experiments.ledger import Ledger
 from experiments.pages import check_numbers, listed
 from experiments.transfer import PROBE, STRATEGIES, Lab, Run
+from peftjax.sharding_rules import make_mesh
 
 VERSION = 1  # of the file of results
 
@@ -46,10 +47,10 @@ def run(c: ml_collections.ConfigDict, console: Console) -> list[dict[str, Any]]:
       Interrupted: the process was asked to stop; the state of the run in hand is saved.
     """
     running.check(c)
-    c = completed(c)
-    wanted = runs(c)
+    wanted, c = runs(c), completed(c)
+    check_steps(c)
     data = images.load(c.data, c.size, c.image, c.label)
-    check_sizes(c, data)
+    check_rows(c, data)
     path = Path(c.out) / f"images-{Path(c.data).stem}.jsonl"
     ledger = Ledger(path, VERSION)
     if missing := [one for one in wanted if ledger.find(one.settings(c)) is None]:
@@ -81,13 +82,10 @@ def completed(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     return c
 
 
-def check_sizes(c: ml_collections.ConfigDict, data: Dataset[Images]) -> None:
-    """Raises where there are too few images, or too few steps, for what a page asks for."""
-    if max(c.rows) > len(data.train) or min(c.rows) < len(data.names):
-        raise ValueError(
-            f"rows {tuple(c.rows)}: expected {len(data.names)}, the number of classes, to {len(data.train)}, that of the "
-            "training images"
-        )
+def check_steps(c: ml_collections.ConfigDict) -> None:
+    """Raises where a page asks for what no data can give: a batch of too many, too few steps, or a mesh without devices."""
+    if c.mesh:
+        make_mesh(c.mesh)
     trained = [STRATEGIES[name](c) for name in listed(c.strategies) if name != PROBE]
     if trained and min(c.rows) < c.batch:
         raise ValueError(f"{min(c.rows)} rows to train on are fewer than a batch of {c.batch}; set --config.batch=")
@@ -96,6 +94,21 @@ def check_sizes(c: ml_collections.ConfigDict, data: Dataset[Images]) -> None:
         raise ValueError(
             f"steps {c.steps} in {stages} stages: expected at least {c.checks} in each, one for each check"
         )
+
+
+def check_rows(c: ml_collections.ConfigDict, data: Dataset[Images]) -> None:
+    """Raises where there are too few images for what a page asks for."""
+    if max(c.rows) > len(data.train) or min(c.rows) < len(data.names):
+        raise ValueError(
+            f"rows {tuple(c.rows)}: expected {len(data.names)}, the number of classes, to {len(data.train)}, that of the "
+            "training images"
+        )
+
+
+def unheeded(c: ml_collections.ConfigDict) -> dict[str, str]:
+    """The settings of a page that its data set does not read, and why."""
+    why = f"{c.data!r} has no columns, which data sets of tensorflow-datasets have"
+    return {} if images.has_columns(c.data) else {name: why for name in images.COLUMNS}
 
 
 def runs(c: ml_collections.ConfigDict) -> list[Run]:
@@ -117,6 +130,7 @@ def runs(c: ml_collections.ConfigDict) -> list[Run]:
 def main(_: list[str]) -> None:
     """Does the runs that the flags ask for."""
     with running.script("finetune_image"):
+        pages.refuse(unheeded(flags.FLAGS.config))
         run(flags.FLAGS.config, Console())
 
 

@@ -16,6 +16,7 @@ from experiments.splits import SPLITS
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 DIGITS = "digits"
+COLUMNS = ("image", "label")  # the settings that name them
 MODES = {"1": "L", "L": "L", "RGB": "RGB", "P": "RGB"}  # what is read, and as what
 
 
@@ -36,6 +37,11 @@ class Images:
 def is_folder(name: str) -> bool:
     """Whether a name is that of a folder; "digits" is not, whatever folder is called so."""
     return name != DIGITS and Path(name).is_dir()
+
+
+def has_columns(name: str) -> bool:
+    """Whether a data set has columns by name, as those of tensorflow-datasets have."""
+    return name != DIGITS and not is_folder(name)
 
 
 def load(name: str, size: int, image: str = "image", label: str = "label") -> Dataset[Images]:

@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import io
+import json
 import time
 from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
@@ -15,9 +17,9 @@ import optax
 from rich.console import Console
 
 import peftjax as pj
-from experiments import baselines, running, vision
+from experiments import baselines, images, running, vision
 from experiments.data import Dataset
-from experiments.images import Images, batches
+from experiments.images import COLUMNS, Images, batches
 from experiments.schedules import warm_then_linear
 from experiments.train import Check, Limits, Progress, Score, Trained, arrays, cross_entropy, predict, score, train
 
@@ -38,6 +40,8 @@ STRATEGIES: dict[str, Strategy] = {
     "scratch": lambda c: [pj.full()],
 }
 PROBE = "probe"  # logistic regression on the frozen network's features
+PROBED = ("data", "digest", *COLUMNS, "size", "model")  # all that it reads
+OWN = {"few": "few", "lora": "lora", "adapter": "adapters", "stages": "gradual"}  # what a single strategy reads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +53,20 @@ class Run:
     seed: int
 
     def settings(self, c: ml_collections.ConfigDict) -> dict[str, Any]:
-        """All that its result depends on."""
-        kept = {name: value for name, value in c.to_dict().items() if name not in FREE}
-        kept["rate"] = kept["rate"].get(self.strategy)
+        """All that its result depends on: what it does not read may change, and it is found still."""
+        unread = FREE if images.has_columns(c.data) else (*FREE, *COLUMNS)
+        page = {name: value for name, value in c.to_dict().items() if name not in unread}
+        if self.strategy == PROBE:
+            kept = {name: page[name] for name in PROBED if name in page}
+        else:
+            kept = {name: value for name, value in page.items() if OWN.get(name, self.strategy) == self.strategy}
+            kept["rate"] = page["rate"][self.strategy]
         return {**kept, **dataclasses.asdict(self)}
 
     def folder(self, c: ml_collections.ConfigDict) -> Path:
-        """Where it keeps checkpoints and logs."""
-        return Path(c.out) / f"{Path(c.data).stem}-{self.strategy}-{self.rows}-seed{self.seed}"
+        """Where it keeps checkpoints and logs: runs that differ in any setting have their own."""
+        made = hashlib.sha256(json.dumps(self.settings(c), sort_keys=True).encode()).hexdigest()[:8]
+        return Path(c.out) / f"{Path(c.data).stem}-{self.strategy}-{self.rows}-seed{self.seed}-{made}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import conftest  # noqa: F401  (for the processes started here: the same platform, and what is compiled is shared)
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -18,10 +19,12 @@ import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from absl import flags
 from covers import some
+from ml_collections import config_flags
 from PIL import Image
 from rich.console import Console
-from test_cnn import TINY, tree
+from test_cnn import tree
 
 import peftjax as pj
 from experiments import (
@@ -30,6 +33,7 @@ from experiments import (
     digits,
     finetune_image,
     images,
+    pages,
     record,
     report,
     train,
@@ -38,9 +42,16 @@ from experiments import (
 )
 from experiments.configs import digits as page
 from experiments.ledger import Ledger
+from experiments.models.efficientnet import EfficientNet, Stage
 
 pytestmark = pytest.mark.third_party
-STEPS = 48
+STEPS = 32
+# Most of the time is tracing: a network of four layers, one of them a block.
+SMALL = dataclasses.replace(
+    vision.NETS["efficientnet"],
+    make=lambda classes, rngs: EfficientNet(classes, (Stage(1, 2, 4, 3, 2),), 4, 8, rngs=rngs),
+    read=lambda: tree(vision.Classifier(SMALL, 5)._initial(jax.random.key(7))),
+)
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["test_finetune_image"])
 
@@ -57,6 +68,14 @@ def saved(path, pixels, mode=None):
     Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, mode).save(path)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def small():
+    """A network of this name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(vision.NETS, "small", SMALL)
+        yield
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Sixty photographs of two classes."""
@@ -69,7 +88,7 @@ def folder(tmp_path_factory):
 
 def configured(folder, out, **changes):
     c = page.get_config()
-    c.update({"model": "tiny", "data": str(folder), "size": 12, "batch": 10, "steps": 24, "checks": 2, "out": str(out)})
+    c.update({"model": "small", "data": str(folder), "size": 12, "batch": 10, "steps": 24, "checks": 2, "out": str(out)})
     c.update({"rows": (40,), "seeds": (0,), "strategies": ("probe,gradual",), "stages": (2,), "few": 2, **changes})
     c.augment.shift, c.rate.gradual = 0, 3e-2
     return c
@@ -79,12 +98,7 @@ def configured(folder, out, **changes):
 def finished(folder, tmp_path_factory):
     """A whole call: its rows, what it printed, and its file of results."""
     out, console = tmp_path_factory.mktemp("out"), Console(file=io.StringIO(), width=160)
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-    ):
-        patch.setitem(vision.NETS, "tiny", TINY)
+    with conftest._usual_promotion():
         rows = finetune_image.run(configured(folder, out), console)
     return rows, console.file.getvalue(), out / f"images-{folder.stem}.jsonl"
 
@@ -104,9 +118,8 @@ def test_a_call_does_every_run(finished):
     assert [json.loads(line)["config"]["strategy"] for line in path.read_text().splitlines()] == list(results)
 
 
-def test_gradual_unfreezing_traces_once_per_stage(folder, tmp_path, monkeypatch):
+def test_gradual_unfreezing_traces_once_per_stage(folder, tmp_path):
     """Whatever the seed and the images; and a stage begins where the one before it ended."""
-    monkeypatch.setitem(vision.NETS, "tiny", TINY)
     c = configured(folder, tmp_path, seeds=(0, 1), rows=(20, 40), steps=8)
     lab, counts = transfer.Lab(c, images.load(c.data, c.size), Console(file=io.StringIO())), []
     for one in finetune_image.runs(c):
@@ -126,7 +139,6 @@ def _settings_of(c):
 def test_a_second_call_goes_on(finished, folder, monkeypatch):
     """What is done is read; a row that was half written is taken out and done again; the rest stays as it was."""
     rows, _, path = finished
-    monkeypatch.setitem(vision.NETS, "tiny", TINY)
     whole = path.read_text()
     done = []
     monkeypatch.setattr(
@@ -138,14 +150,14 @@ def test_a_second_call_goes_on(finished, folder, monkeypatch):
     again = finetune_image.run(configured(folder, path.parent), Console(file=io.StringIO()))
     assert [one.strategy for one in done] == ["gradual"] and again[:1] == rows[:1]
     assert path.read_text().startswith(whole.splitlines()[0] + "\n")
-    other = configured(folder, path.parent, steps=30)
-    assert Ledger(path, finetune_image.VERSION).find(_settings_of(other)) is None
-    assert Ledger(path, finetune_image.VERSION).find(_settings_of(configured(folder, path.parent))) is not None
+    ledger = Ledger(path, finetune_image.VERSION)
+    for steps in (24, 30):
+        settings = _settings_of(configured(folder, path.parent, strategies=("gradual",), steps=steps))
+        assert (ledger.find(settings) is not None) == (steps == 24)
 
 
 def trained(folder, out, monkeypatch, **changes):
     """What each training of a call gave, its rows without the seconds, and how many steps it took."""
-    monkeypatch.setitem(vision.NETS, "tiny", TINY)
     kept, steps = [], []
 
     def watched(step, *args):
@@ -158,10 +170,16 @@ def trained(folder, out, monkeypatch, **changes):
     return kept, [{k: v for k, v in row.items() if k != "seconds"} for row in rows], len(steps)
 
 
+def folder_of_run(folder, out, **changes):
+    """Where its one run of gradual unfreezing keeps checkpoints and logs."""
+    c = finetune_image.completed(configured(folder, out, strategies=("gradual",), **changes))
+    return finetune_image.runs(c)[0].folder(c)
+
+
 def child(folder, out, changes):
     jax.config.update("jax_numpy_dtype_promotion", "standard")
     jax.config.update("jax_numpy_rank_promotion", "allow")
-    vision.NETS["tiny"] = TINY
+    vision.NETS["small"] = SMALL
     finetune_image.run(configured(folder, out, strategies=("gradual",), **changes), Console(file=io.StringIO()))
 
 
@@ -172,11 +190,7 @@ def saved_in(place):
 @pytest.fixture(scope="module")
 def whole(folder, tmp_path_factory):
     """What a run gives that nothing stops."""
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-    ):
+    with pytest.MonkeyPatch.context() as patch, conftest._usual_promotion():
         return trained(folder, tmp_path_factory.mktemp("whole"), patch, steps=STEPS)
 
 
@@ -186,7 +200,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_bit(stage, how, whole, folder, tmp
     changes = {"resume": "auto", "every": 1, "steps": STEPS}
     process = PROCESSES.Process(target=child, args=(folder, tmp_path, changes))
     process.start()
-    place = tmp_path / f"{folder.stem}-gradual-40-seed0" / f"stage{stage}" / "checkpoints"
+    place = folder_of_run(folder, tmp_path, **changes) / f"stage{stage}" / "checkpoints"
     end = time.monotonic() + 120
     while process.is_alive() and time.monotonic() < end and not saved_in(place):
         time.sleep(0.005)
@@ -194,6 +208,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_bit(stage, how, whole, folder, tmp
     process.join(10)
     assert process.exitcode not in (0, None)
     done = (stage - 1) * STEPS // 2 + max(saved_in(place))
+    del changes["every"]  # which is free, and writing takes its time
     (found, rows, steps), (want, expected, _) = trained(folder, tmp_path, monkeypatch, **changes), whole
     assert steps == STEPS - done and 0 < done < STEPS
     assert rows == expected and not [x for x in tmp_path.iterdir() if x.is_dir()]
@@ -217,9 +232,10 @@ def test_a_mesh_gives_what_one_device_gives(folder, tmp_path, monkeypatch):
 
 
 def test_logs_and_a_profile_of_each_run(folder, tmp_path, monkeypatch):
-    trained(folder, tmp_path, monkeypatch, steps=8, tensorboard=True, profile="2:4")
+    settings = {"steps": 8, "tensorboard": True, "profile": "2:4"}
+    trained(folder, tmp_path, monkeypatch, **settings)
     for stage in ("stage1", "stage2"):
-        place = tmp_path / f"{folder.stem}-gradual-40-seed0" / stage
+        place = folder_of_run(folder, tmp_path, **settings) / stage
         (events,) = (place / "tensorboard").iterdir()
         for name in (b"training/loss", b"training/skipped", b"validation/accuracy"):
             assert name in events.read_bytes()
@@ -239,8 +255,7 @@ def test_the_targets_are_the_networks_own(strategy, folder, tmp_path, monkeypatc
     assert all(0 < row["trainable"] < 80_000 and row["skipped_steps"] == 0 for row in rows)
 
 
-def test_targets_that_are_not_there_are_found_before_any_run(folder, tmp_path, monkeypatch):
-    monkeypatch.setitem(vision.NETS, "tiny", TINY)
+def test_targets_that_are_not_there_are_found_before_any_run(folder, tmp_path):
     c = configured(folder, tmp_path, strategies=("last", "lora"))
     c.lora.targets = "fire.*"
     with pytest.raises(ValueError, match="fire"):
@@ -264,6 +279,87 @@ def test_the_committed_rows_are_those_of_the_page():
         assert re.search(rf"^    {name} +{re.escape(line)}$", page.__doc__, re.M), (name, line)
 
 
+UNREAD = {"few": 2, "lora.rank": 4, "adapter.bottleneck": 4, "stages": (2,), "image": "photo", "label": "side"}
+TRAINED = {"layerwise": 0.8, "augment.flip": True, "steps": 60, "measured": 10, "batch": 16, "momentum": 0.5}
+FREE = {"out": "other", "every": 5, "resume": "auto", "mesh": "data:8", "rows": (250,), "strategies": ("last",)}
+READ = {
+    "probe": (),
+    "last": ("rate.last", *TRAINED),
+    "few": ("few", "rate.few", *TRAINED),
+    "lora": ("lora.rank", "rate.lora", *TRAINED),
+    "adapters": ("adapter.bottleneck", "rate.adapters", *TRAINED),
+    "gradual": ("stages", "rate.gradual", *TRAINED),
+}
+
+
+@pytest.mark.parametrize("strategy", READ)
+def test_a_run_depends_on_what_it_reads(strategy, tmp_path):
+    """By that its row is found, and two that differ in it share no folder."""
+    one = transfer.Run(strategy, 250, 0)
+    c, rates = page.get_config(), {f"rate.{name}": 0.5 for name in READ if name != "probe"}
+    settings, place = one.settings(c), one.folder(c)
+    for name, value in {**UNREAD, **TRAINED, **rates, "size": 40, "model": "squeezenet", "data": str(tmp_path)}.items():
+        other = page.get_config()
+        other.update_from_flattened_dict({name: value})
+        read = name in READ[strategy] or name in ("size", "model", "data")
+        assert ((one.settings(other) != settings), (one.folder(other) != place)) == (read, read), name
+    c.update(FREE)
+    assert one.settings(c) == settings and one.folder(c).name == place.name
+    named, columns = page.get_config(), page.get_config()
+    named.data = columns.data = "tiny_photos"
+    columns.label = "side"
+    assert one.settings(named) != one.settings(columns)
+
+
+@pytest.mark.parametrize(
+    "asked,refused",
+    [
+        (["image=photo"], "image"),
+        (["label=side"], "label"),
+        (["data={folder}", "label=side"], "label"),
+        (["data=tiny_photos", "label=side"], None),
+        (["data={folder}", "size=12"], None),
+    ],
+)
+def test_columns_that_a_data_set_has_not_are_refused(asked, refused, folder):
+    argv = ["script", *(f"--config.{one}".format(folder=folder) for one in asked)]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", page.__file__, flag_values=values, sys_argv=argv)
+    values(argv)
+    with (
+        pytest.raises(ValueError, match=f"--config.{refused}= would change nothing here: '.*' has no columns")
+        if refused
+        else contextlib.nullcontext()
+    ):
+        pages.refuse(finetune_image.unheeded(values.config), values)
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"resume": "yes"}, "resume 'yes'"),
+        ({"profile": "1:3"}, "profile .1:3."),
+        ({"mesh": "data:3"}, "the sizes multiply to 3"),
+        ({"steps": 3}, "steps 3 in 2 stages"),
+        ({"batch": 41}, "40 rows to train on are fewer"),
+        ({"strategies": ("frist",)}, "strategy 'frist'"),
+        ({"few": 0, "strategies": ("few",)}, "last_layers"),
+        ({"model": "resnet"}, "model 'resnet'"),
+    ],
+)
+def test_a_page_that_no_run_can_read_is_refused_before_anything_is_fetched(changes, message, tmp_path, monkeypatch):
+    def fetched(*_):
+        raise AssertionError("fetched")
+
+    monkeypatch.setattr(images, "load", fetched)
+    c = configured("digits", tmp_path, model="squeezenet")
+    c.update(changes)
+    with pytest.raises(ValueError, match=message):
+        finetune_image.run(c, Console(file=io.StringIO()))
+    with pytest.raises(AssertionError, match="fetched"):
+        finetune_image.run(configured("digits", tmp_path, model="squeezenet"), Console(file=io.StringIO()))
+
+
 def test_rows_of_a_file_of_results(tmp_path):
     path = tmp_path / "x.jsonl"
     assert record.read(path) == []
@@ -276,8 +372,7 @@ def test_rows_of_a_file_of_results(tmp_path):
         record.read(path)
 
 
-def test_says_what_is_wrong_with_a_configuration(folder, tmp_path, monkeypatch):
-    monkeypatch.setitem(vision.NETS, "tiny", TINY)
+def test_says_what_is_wrong_with_a_configuration(folder, tmp_path):
     for changes, message in (
         ({"rows": ("many",)}, r"rows \('many',\): expected whole numbers, as --config.rows=0,1"),
         ({"strategies": ("last", "frist")}, "strategy 'frist'; expected one of probe, last, few"),
@@ -287,7 +382,7 @@ def test_says_what_is_wrong_with_a_configuration(folder, tmp_path, monkeypatch):
         ({"profile": "1:3"}, 'profile .1:3.; expected "first:end"'),
         ({"mesh": "data:3"}, "the sizes multiply to 3, expected 8, the number of devices"),
         ({"steps": 3}, "steps 3 in 2 stages: expected at least 2 in each"),
-        ({"model": "resnet"}, "model 'resnet'; expected one of efficientnet, squeezenet, tiny"),
+        ({"model": "resnet"}, "model 'resnet'; expected one of efficientnet, squeezenet, small"),
         ({"data": str(tmp_path / "none")}, "is no folder, nor can it be the name of a data set"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -445,9 +540,8 @@ def test_an_image_that_cannot_be_read_is_named(damage, kind, two):
         images.load(str(two), 8)
 
 
-def test_a_run_that_comes_to_no_end_is_left_out(folder, tmp_path, monkeypatch):
+def test_a_run_that_comes_to_no_end_is_left_out(folder, tmp_path):
     """And the one behind it is done."""
-    monkeypatch.setitem(vision.NETS, "tiny", TINY)
     c = configured(folder, tmp_path, strategies=("last", "probe"), steps=8, checks=1)
     c.rate.last = float("nan")
     console = Console(file=io.StringIO(), width=200)
