@@ -46,6 +46,7 @@ from experiments import (
 from experiments.configs import digits as page
 from experiments.ledger import Ledger
 from experiments.models.efficientnet import EfficientNet, Stage
+from experiments.models.squeezenet import Fire
 
 pytestmark = pytest.mark.third_party
 STEPS = 24
@@ -114,7 +115,7 @@ class Call(NamedTuple):
         return [{k: v for k, v in row.items() if k != "seconds"} for row in self.rows]
 
 
-def called(c):
+def called(c, drawn=False):
     kept, steps, labs, console = [], [], [], Console(file=io.StringIO(), width=160)
 
     def watched(step, *args):
@@ -123,6 +124,8 @@ def called(c):
 
     with pytest.MonkeyPatch.context() as patch, conftest._usual_promotion():
         patch.setattr(transfer, "train", watched)
+        if not drawn:
+            patch.setattr(report, "plot", lambda results, path: path)
         patch.setattr(finetune_image, "Lab", lambda *args: labs.append(transfer.Lab(*args)) or labs[-1])
         rows = finetune_image.run(c, console)
     path = pathlib.Path(c.out) / f"images-{pathlib.Path(c.data).stem}.jsonl"
@@ -131,7 +134,7 @@ def called(c):
 
 @pytest.fixture(scope="module")
 def finished(folder, tmp_path_factory):
-    return called(configured(folder, tmp_path_factory.mktemp("out")))
+    return called(configured(folder, tmp_path_factory.mktemp("out")), drawn=True)
 
 
 def test_a_call_does_every_run(finished):
@@ -307,17 +310,41 @@ def test_a_mesh_gives_what_one_device_gives(logged, folder, tmp_path):
     assert tuple(wide.sharding.spec) == (None, None, "fsdp", "model")
 
 
-@pytest.mark.parametrize("strategy", some(["lora", "adapters"], 2))
-def test_the_targets_are_the_networks_own(strategy, folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("strategy,name", [("lora", r"fire\d/\w+"), ("adapters", r"fire\d/expand\dx\d")])
+def test_the_targets_are_the_networks_own(strategy, name):
     """SqueezeNet under LoRA and adapters, with nothing said of targets."""
-    net = vision.NETS["squeezenet"]
-    shapes, rng = nnx.state(nnx.eval_shape(lambda: net.make(5, nnx.Rngs(0)))), np.random.default_rng(0)
-    start = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32) / 20, shapes)
-    monkeypatch.setitem(vision.NETS, "squeezenet", dataclasses.replace(net, read=lambda: tree(start)))
-    few = {"strategies": (strategy,), "size": 32, "steps": 2, "checks": 1}
-    rows = finetune_image.run(configured(folder, tmp_path, model="squeezenet", **few), Console(file=io.StringIO()))
-    assert [row["strategy"] for row in rows] == [strategy]
-    assert all(0 < row["trainable"] < 80_000 and row["skipped_steps"] == 0 for row in rows)
+    c = finetune_image.completed(configured("digits", "out", model="squeezenet"))
+    model = vision.Classifier(vision.NETS["squeezenet"], 10)
+    params, stats = jax.eval_shape(lambda: model.initial(0))
+    (method,), roles = transfer.STRATEGIES[strategy](c), model.roles(params, stats, 32)
+    tuned = jax.eval_shape(lambda params: method.init(jax.random.key(0), params, roles), params)
+    modules = {"/".join(map(str, path[:-1])) for path, _ in nnx.to_flat_state(params)}
+    targets = {module for module in modules if re.fullmatch(name, module)} | {"classifier"}
+    trains = pj.extract(tuned)
+    assert {next(x for x in modules if path.startswith(f"{x}/")) for path in trains} == targets
+    assert sum(x.size for x in trains.values()) < 80_000
+
+
+class Shallow(nnx.Module):
+    """Two parts of SqueezeNet, between a convolution and its head."""
+
+    def __init__(self, classes, *, rngs):
+        self.conv1, self.fire2 = nnx.Conv(3, 16, (3, 3), 2, rngs=rngs), Fire(16, 8, 8, rngs=rngs)
+        self.fire3, self.classifier = Fire(16, 8, 8, rngs=rngs), nnx.Conv(16, classes, (1, 1), rngs=rngs)
+
+    def __call__(self, x):
+        return self.classifier(self.fire3(self.fire2(self.conv1(x)))).mean((1, 2))
+
+
+def test_overlays_on_convolutions_train(folder, tmp_path, monkeypatch):
+    """With the targets of SqueezeNet, to which no statistics belong."""
+    net = dataclasses.replace(vision.NETS["squeezenet"], make=lambda n, rngs: Shallow(n, rngs=rngs))
+    start = tree(vision.Classifier(net, 5).initial(0)[0])
+    monkeypatch.setitem(vision.NETS, "squeezenet", dataclasses.replace(net, read=lambda: start))
+    changes = {"model": "squeezenet", "strategies": ("lora,adapters",), "steps": 2, "checks": 1}
+    rows = called(configured(folder, tmp_path, **changes)).rows
+    assert [(row["strategy"], row["skipped_steps"]) for row in rows] == [("lora", 0), ("adapters", 0)]
+    assert all(row["trainable"] > 2 * 17 for row in rows)  # the head's
 
 
 def test_targets_that_are_not_there_are_found_before_any_run(folder, tmp_path):
