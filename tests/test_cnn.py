@@ -13,7 +13,8 @@ import pytest
 from flax import nnx
 
 import peftjax as pj
-from experiments import assets, vision
+from experiments import assets, transfer, vision
+from experiments.configs import digits
 from experiments.models import efficientnet, squeezenet
 from experiments.models.array_pickles import read_arrays
 from experiments.models.efficientnet import EfficientNet, Stage
@@ -170,6 +171,21 @@ def test_each_layer_has_a_rate(roles, start):
     assert max(span.first for span in spans(start[0], roles).values()) == 4
 
 
+def test_a_page_slows_early_layers_down(roles, start):
+    """By what it says, in the optimizer of every strategy."""
+    tuned, c = pj.last_layers(9).init(jax.random.key(0), start[0], roles), digits.get_config()
+    moved = []
+    for c.layerwise in (1.0, 0.5):
+        tx = transfer.optimizer(c, 0.1, 10, tuned, roles)
+        state, ones = tx.init(tuned), jax.tree.map(jnp.ones_like, tuned)
+        for _ in range(2):  # the rate begins at 0
+            updates, state = jax.jit(tx.update)(ones, state, tuned)
+        moved.append(pj.extract(updates))
+    slower = {path: np.unique(np.round(x / moved[0][path], 4)).tolist() for path, x in moved[1].items()}
+    depth = lambda path: int(path.split("/")[1]) if path.startswith("blocks") else 3
+    assert slower == {path: [0.5 ** (3 - depth(path))] for path in slower} and len({*map(str, slower.values())}) == 4
+
+
 def test_gradual_unfreezing_traces_once_a_stage(model, start, roles):
     """Each stage goes on where the one before it stopped, and one compiled step serves all of it."""
     traced, tuned, stats = [], start[0], start[1]
@@ -255,8 +271,26 @@ def test_images_are_drawn_anew_where_there_is_a_key(model):
     windows = np.lib.stride_tricks.sliding_window_view(around, (12, 12), (1, 2))  # (B, 5, 5, C, 12, 12)
     places = [(windows[k] == moved[k].transpose(2, 0, 1)).all((2, 3, 4)).sum() for k in range(8)]
     assert min(places) >= 1
-    turned = vision.Augment(turn=10.0, flip=True)(jnp.asarray(plain), jax.random.key(0))
-    assert turned.shape == plain.shape and not np.allclose(turned, plain)
+
+
+@pytest.mark.parametrize("setting", [{"shift": 1}, {"contrast": 0.3}, {"turn": 10.0}, {"flip": True}], ids=str)
+def test_each_way_of_drawing_anew_by_itself(setting):
+    """Most images are others, and each is still nearest to the one whose label it has, or to the mirror image of that."""
+    rng = np.random.default_rng(0)
+    x = np.kron(rng.uniform(0, 1, (16, 4, 4, 1)), np.ones((1, 3, 3, 3))).astype(np.float32)
+    new = np.asarray(jax.jit(vision.Augment(**setting))(jnp.asarray(x), jax.random.key(0)))
+    assert new.shape == x.shape and new.dtype == x.dtype
+    same = (new == x).all((1, 2, 3))
+    assert 0 < same.sum() < 16 if "flip" in setting else same.sum() < 8
+    mirrored = np.where(same[:, None, None, None], x, x[:, :, ::-1]) if "flip" in setting else x
+    apart = np.abs(new[:, None] - mirrored[None]).mean((2, 3, 4))
+    np.testing.assert_array_equal(apart.argmin(1), np.arange(16))
+    if "flip" in setting:
+        np.testing.assert_array_equal(new, mirrored)
+    if "contrast" in setting:
+        factors = new.std((1, 2)) / x.std((1, 2))
+        assert 0.7 <= factors.min() < 0.9 and 1.1 < factors.max() <= 1.3
+        np.testing.assert_allclose(new.mean((1, 2)), x.mean((1, 2)), atol=1e-6)
 
 
 # Arrays in pickles

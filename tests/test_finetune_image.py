@@ -3,6 +3,7 @@
 import conftest  # noqa: F401  (for the processes started here: the same platform, and what is compiled is shared)
 
 import contextlib
+import copy
 import dataclasses
 import io
 import json
@@ -13,6 +14,7 @@ import re
 import signal
 import time
 import zlib
+from typing import NamedTuple
 
 import grain
 import jax
@@ -21,6 +23,7 @@ import pytest
 import tensorflow_datasets as tfds
 from absl import flags
 from covers import some
+from flax import nnx
 from ml_collections import config_flags
 from PIL import Image
 from rich.console import Console
@@ -43,9 +46,11 @@ from experiments import (
 from experiments.configs import digits as page
 from experiments.ledger import Ledger
 from experiments.models.efficientnet import EfficientNet, Stage
+from experiments.models.squeezenet import Fire
 
 pytestmark = pytest.mark.third_party
-STEPS = 32
+STEPS = 24
+STRATEGIES = ["probe", "few", "scratch", "gradual"]
 # Most of the time is tracing: a network of four layers, one of them a block.
 SMALL = dataclasses.replace(
     vision.NETS["efficientnet"],
@@ -88,25 +93,54 @@ def folder(tmp_path_factory):
 
 def configured(folder, out, **changes):
     c = page.get_config()
-    c.update({"model": "small", "data": str(folder), "size": 12, "batch": 10, "steps": 24, "checks": 2, "out": str(out)})
-    c.update({"rows": (40,), "seeds": (0,), "strategies": ("probe,gradual",), "stages": (2,), "few": 2, **changes})
-    c.augment.shift, c.rate.gradual = 0, 3e-2
+    c.update({"model": "small", "data": str(folder), "size": 12, "batch": 10, "steps": STEPS, "checks": 2, "out": str(out)})
+    c.update({"rows": (40,), "seeds": (0,), "strategies": (",".join(STRATEGIES),), "stages": (2,), "few": 2, **changes})
+    c.augment.shift, c.rate.few, c.rate.gradual = 0, 3e-2, 3e-2
     return c
+
+
+class Call(NamedTuple):
+    """A whole call: its rows, what it printed, its file of results, each training, how many steps there were, its lab."""
+
+    rows: list
+    printed: str
+    path: pathlib.Path
+    trainings: list
+    steps: int
+    lab: transfer.Lab
+
+    @property
+    def results(self):
+        """The rows without what differs each time."""
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in self.rows]
+
+
+def called(c, drawn=False):
+    kept, steps, labs, console = [], [], [], Console(file=io.StringIO(), width=160)
+
+    def watched(step, *args):
+        kept.append(train.train(lambda *given: steps.append(0) or step(*given), *args))
+        return kept[-1]
+
+    with pytest.MonkeyPatch.context() as patch, conftest._usual_promotion():
+        patch.setattr(transfer, "train", watched)
+        if not drawn:
+            patch.setattr(report, "plot", lambda results, path: path)
+        patch.setattr(finetune_image, "Lab", lambda *args: labs.append(transfer.Lab(*args)) or labs[-1])
+        rows = finetune_image.run(c, console)
+    path = pathlib.Path(c.out) / f"images-{pathlib.Path(c.data).stem}.jsonl"
+    return Call(rows, console.file.getvalue(), path, kept, len(steps), labs[-1])
 
 
 @pytest.fixture(scope="module")
 def finished(folder, tmp_path_factory):
-    """A whole call: its rows, what it printed, and its file of results."""
-    out, console = tmp_path_factory.mktemp("out"), Console(file=io.StringIO(), width=160)
-    with conftest._usual_promotion():
-        rows = finetune_image.run(configured(folder, out), console)
-    return rows, console.file.getvalue(), out / f"images-{folder.stem}.jsonl"
+    return called(configured(folder, tmp_path_factory.mktemp("out")), drawn=True)
 
 
 def test_a_call_does_every_run(finished):
-    rows, printed, path = finished
+    rows, printed, path, *_ = finished
     results = {row["strategy"]: row for row in rows}
-    assert list(results) == ["probe", "gradual"]
+    assert list(results) == STRATEGIES
     for how, result in results.items():
         assert set(result) == {
             "strategy", "rows", "seed", "training", "validation", "test", "seconds", "trainable", "best", "skipped_steps"
@@ -118,18 +152,63 @@ def test_a_call_does_every_run(finished):
     assert [json.loads(line)["config"]["strategy"] for line in path.read_text().splitlines()] == list(results)
 
 
-def test_gradual_unfreezing_traces_once_per_stage(folder, tmp_path):
+def test_gradual_unfreezing_traces_once_per_stage(finished):
     """Whatever the seed and the images; and a stage begins where the one before it ended."""
-    c = configured(folder, tmp_path, seeds=(0, 1), rows=(20, 40), steps=8)
-    lab, counts = transfer.Lab(c, images.load(c.data, c.size), Console(file=io.StringIO())), []
-    for one in finetune_image.runs(c):
-        if one.strategy == "gradual":
-            counts.append(lab.result(one)["trainable"])
-    assert list(lab._tools) == [("gradual", 0), ("gradual", 1)] and len(counts) == 4
+    lab, gradual = finished.lab, finished.rows[-1]
+    others = [transfer.Run("gradual", rows, seed) for rows, seed in ((20, 0), (20, 1), (40, 1))]
+    counts = [gradual["trainable"], *(lab.result(one)["trainable"] for one in others)]
+    assert list(lab._tools) == [("few", 0), ("scratch", 0), ("gradual", 0), ("gradual", 1)]
     for tools in lab._tools.values():
         assert [run._cache_size() for run in tools.step._jitted.values()] == [1]
-    first, all_of_it = (tools.step for tools in lab._tools.values())
+    first, all_of_it = (lab._tools["gradual", stage].step for stage in (0, 1))
     assert first is not all_of_it and set(counts) == {sum(x.size for x in jax.tree.leaves(lab.model.pretrained(0)[0]))}
+
+
+def test_a_state_is_chosen_on_validation_images_and_then_tested(finished, folder, monkeypatch):
+    """The first check of the last stage, here, which the scores say is the best; nothing opens the test split before."""
+    data, judged = images.load(str(folder), 12), []
+    lab, values = copy.copy(finished.lab), iter([0.1, 0.9, 0.8, 0.2, 0.5, 0.5, 0.5])
+    lab.data, _ = data, lab.__dict__.pop("test")
+
+    def score(logits, labels):
+        judged.append((logits, labels is data.validation.labels, data.test.opened))
+        return train.Score(next(values), 0.0)
+
+    monkeypatch.setattr(transfer, "score", score)
+    assert lab.result(transfer.Run("gradual", 40, 0))["best"] == [2, 1]
+    assert [known for _, known, _ in judged] == [True] * 4 + [False, True, False]
+    assert [opened for *_, opened in judged] == [False] * 6 + [True]
+    of_validation = [logits for logits, known, _ in judged if known]
+    np.testing.assert_array_equal(of_validation[4], of_validation[2])
+    assert not np.allclose(of_validation[4], of_validation[3])
+
+
+def test_the_probe_is_chosen_on_validation_images_and_then_tested(finished, folder, monkeypatch):
+    data, lab, chosen = images.load(str(folder), 12), copy.copy(finished.lab), []
+    lab.data, _ = data, lab.__dict__.pop("test")
+
+    def linear(x, labels, chosen_on, others):
+        chosen.append((others is data.validation.labels, data.test.opened))
+        return fit(x, labels, chosen_on, others)
+
+    fit = transfer.baselines.linear
+    monkeypatch.setattr(transfer.baselines, "linear", linear)
+    assert lab.result(transfer.Run("probe", 40, 0))["test"] == finished.rows[0]["test"]
+    assert chosen == [(True, False)] and data.test.opened
+
+
+@pytest.mark.parametrize("strategy", ["few", "scratch"])
+def test_what_a_strategy_moves(strategy, finished):
+    """The last layers of the pretrained network alone; or all of another one."""
+    at, lab = STRATEGIES.index(strategy) - 1, finished.lab
+    pretrained, other = (tree(begin(0)[0]) for begin in (lab.model.pretrained, lab.model.initial))
+    begin, other = (other, pretrained) if strategy == "scratch" else (pretrained, other)
+    end = {path.removesuffix("/value"): x for path, x in pj.extract(finished.trainings[at].tuned).items()}
+    last = ("head", "classifier")
+    assert set(end) == {path for path in begin if strategy == "scratch" or path.startswith(last)}
+    assert finished.rows[at + 1]["trainable"] == sum(x.size for x in end.values())
+    apart = lambda tree: max(np.abs(x - tree[path]).max() for path, x in end.items())
+    assert apart(other) > 2 * apart(begin) > 0
 
 
 def _settings_of(c):
@@ -138,17 +217,17 @@ def _settings_of(c):
 
 def test_a_second_call_goes_on(finished, folder, monkeypatch):
     """What is done is read; a row that was half written is taken out and done again; the rest stays as it was."""
-    rows, _, path = finished
+    rows, _, path, *_ = finished
     whole = path.read_text()
     done = []
     monkeypatch.setattr(
-        transfer.Lab, "result", lambda self, one: done.append(one) or dict(rows[1], seed=one.seed)
+        transfer.Lab, "result", lambda self, one: done.append(one) or dict(rows[-1], seed=one.seed)
     )
     again = finetune_image.run(configured(folder, path.parent), Console(file=io.StringIO()))
     assert again == rows and not done and path.read_text() == whole
     path.write_text(whole[:-50])
     again = finetune_image.run(configured(folder, path.parent), Console(file=io.StringIO()))
-    assert [one.strategy for one in done] == ["gradual"] and again[:1] == rows[:1]
+    assert [one.strategy for one in done] == ["gradual"] and again[:-1] == rows[:-1]
     assert path.read_text().startswith(whole.splitlines()[0] + "\n")
     ledger = Ledger(path, finetune_image.VERSION)
     for steps in (24, 30):
@@ -156,18 +235,8 @@ def test_a_second_call_goes_on(finished, folder, monkeypatch):
         assert (ledger.find(settings) is not None) == (steps == 24)
 
 
-def trained(folder, out, monkeypatch, **changes):
-    """What each training of a call gave, its rows without the seconds, and how many steps it took."""
-    kept, steps = [], []
-
-    def watched(step, *args):
-        kept.append(train.train(lambda *given: steps.append(0) or step(*given), *args))
-        return kept[-1]
-
-    monkeypatch.setattr(transfer, "train", watched)
-    c = configured(folder, out, strategies=("gradual",), **changes)
-    rows = finetune_image.run(c, Console(file=io.StringIO()))
-    return kept, [{k: v for k, v in row.items() if k != "seconds"} for row in rows], len(steps)
+def gradually(folder, out, **changes):
+    return called(configured(folder, out, strategies=("gradual",), **changes))
 
 
 def folder_of_run(folder, out, **changes):
@@ -177,27 +246,18 @@ def folder_of_run(folder, out, **changes):
 
 
 def child(folder, out, changes):
-    jax.config.update("jax_numpy_dtype_promotion", "standard")
-    jax.config.update("jax_numpy_rank_promotion", "allow")
     vision.NETS["small"] = SMALL
-    finetune_image.run(configured(folder, out, strategies=("gradual",), **changes), Console(file=io.StringIO()))
+    gradually(folder, out, **changes)
 
 
 def saved_in(place):
     return [int(x.name) for x in place.glob("*") if x.name.isdigit()]
 
 
-@pytest.fixture(scope="module")
-def whole(folder, tmp_path_factory):
-    """What a run gives that nothing stops."""
-    with pytest.MonkeyPatch.context() as patch, conftest._usual_promotion():
-        return trained(folder, tmp_path_factory.mktemp("whole"), patch, steps=STEPS)
-
-
 @pytest.mark.parametrize("stage,how", some([(2, signal.SIGKILL), (1, signal.SIGKILL), (2, signal.SIGTERM)], 3))
-def test_a_run_that_is_stopped_goes_on_to_the_bit(stage, how, whole, folder, tmp_path, monkeypatch):
+def test_a_run_that_is_stopped_goes_on_to_the_bit(stage, how, finished, folder, tmp_path):
     """Within the stage where it was, its statistics too; and its checkpoints go when it is a row."""
-    changes = {"resume": "auto", "every": 1, "steps": STEPS}
+    changes = {"resume": "auto", "every": 1}
     process = PROCESSES.Process(target=child, args=(folder, tmp_path, changes))
     process.start()
     place = folder_of_run(folder, tmp_path, **changes) / f"stage{stage}" / "checkpoints"
@@ -209,33 +269,28 @@ def test_a_run_that_is_stopped_goes_on_to_the_bit(stage, how, whole, folder, tmp
     assert process.exitcode not in (0, None)
     done = (stage - 1) * STEPS // 2 + max(saved_in(place))
     del changes["every"]  # which is free, and writing takes its time
-    (found, rows, steps), (want, expected, _) = trained(folder, tmp_path, monkeypatch, **changes), whole
-    assert steps == STEPS - done and 0 < done < STEPS
-    assert rows == expected and not [x for x in tmp_path.iterdir() if x.is_dir()]
-    for one, other in zip(found, want, strict=True):
+    found = gradually(folder, tmp_path, **changes)
+    assert found.steps == STEPS - done and 0 < done < STEPS
+    assert found.results == finished.results[-1:] and not [x for x in tmp_path.iterdir() if x.is_dir()]
+    for one, other in zip(found.trainings, finished.trainings[-2:], strict=True):
         assert one.progress.losses == other.progress.losses and one.progress.scores == other.progress.scores
         same = lambda x, y: np.testing.assert_array_equal(x, y)
         jax.tree.map(same, (pj.extract(one.tuned), one.model_state), (pj.extract(other.tuned), other.model_state))
 
 
-def test_a_mesh_gives_what_one_device_gives(folder, tmp_path, monkeypatch):
-    found, rows, _ = trained(folder, tmp_path / "mesh", monkeypatch, mesh="data:2,fsdp:2,model:2", batch=8, steps=8)
-    want, expected, _ = trained(folder, tmp_path / "one", monkeypatch, batch=8, steps=8)
-    assert [row["best"] for row in rows] == [row["best"] for row in expected]
-    for one, other in zip(found, want, strict=True):
-        assert len(jax.tree.leaves(one.model_state)[0].devices()) == 8
-        np.testing.assert_allclose(one.progress.losses, other.progress.losses, rtol=1e-5)
-        # Adam goes as far where a gradient is 0 but for rounding, as all are at first but the head's.
-        np.testing.assert_allclose(*([s.loss for s in x.progress.scores] for x in (one, other)), rtol=1e-3)
-    wide = next(x for name, x in pj.extract(found[-1].tuned).items() if "expand/conv" in name)
-    assert tuple(wide.sharding.spec) == (None, None, "fsdp", "model")
+@pytest.fixture(scope="module")
+def logged(folder, tmp_path_factory):
+    """A short call with logs and a profile, and the folder of its run."""
+    out, settings = tmp_path_factory.mktemp("logged"), {**SHORT, "tensorboard": True, "profile": "2:4"}
+    return gradually(folder, out, **settings), folder_of_run(folder, out, **settings)
 
 
-def test_logs_and_a_profile_of_each_run(folder, tmp_path, monkeypatch):
-    settings = {"steps": 8, "tensorboard": True, "profile": "2:4"}
-    trained(folder, tmp_path, monkeypatch, **settings)
+SHORT = {"batch": 8, "steps": 8}
+
+
+def test_logs_and_a_profile_of_each_run(logged):
     for stage in ("stage1", "stage2"):
-        place = folder_of_run(folder, tmp_path, **settings) / stage
+        place = logged[1] / stage
         (events,) = (place / "tensorboard").iterdir()
         for name in (b"training/loss", b"training/skipped", b"validation/accuracy"):
             assert name in events.read_bytes()
@@ -243,16 +298,53 @@ def test_logs_and_a_profile_of_each_run(folder, tmp_path, monkeypatch):
         assert profile.read_bytes().count(b"jit_advance") >= 2
 
 
-@pytest.mark.parametrize("strategy", some(["lora", "adapters"], 2))
-def test_the_targets_are_the_networks_own(strategy, folder, tmp_path, monkeypatch):
+def test_a_mesh_gives_what_one_device_gives(logged, folder, tmp_path):
+    found, want = gradually(folder, tmp_path, mesh="data:2,fsdp:2,model:2", **SHORT), logged[0]
+    assert [row["best"] for row in found.rows] == [row["best"] for row in want.rows]
+    for one, other in zip(found.trainings, want.trainings, strict=True):
+        assert len(jax.tree.leaves(one.model_state)[0].devices()) == 8
+        np.testing.assert_allclose(one.progress.losses, other.progress.losses, rtol=1e-5)
+        # Adam goes as far where a gradient is 0 but for rounding, as all are at first but the head's.
+        np.testing.assert_allclose(*([s.loss for s in x.progress.scores] for x in (one, other)), rtol=1e-3)
+    wide = next(x for name, x in pj.extract(found.trainings[-1].tuned).items() if "expand/conv" in name)
+    assert tuple(wide.sharding.spec) == (None, None, "fsdp", "model")
+
+
+@pytest.mark.parametrize("strategy,name", [("lora", r"fire\d/\w+"), ("adapters", r"fire\d/expand\dx\d")])
+def test_the_targets_are_the_networks_own(strategy, name):
     """SqueezeNet under LoRA and adapters, with nothing said of targets."""
-    net = vision.NETS["squeezenet"]
-    start = vision.Classifier(net, 5)._initial(jax.random.key(0))
-    monkeypatch.setitem(vision.NETS, "squeezenet", dataclasses.replace(net, read=lambda: tree(start)))
-    few = {"strategies": (strategy,), "size": 32, "steps": 2, "checks": 1}
-    rows = finetune_image.run(configured(folder, tmp_path, model="squeezenet", **few), Console(file=io.StringIO()))
-    assert [row["strategy"] for row in rows] == [strategy]
-    assert all(0 < row["trainable"] < 80_000 and row["skipped_steps"] == 0 for row in rows)
+    c = finetune_image.completed(configured("digits", "out", model="squeezenet"))
+    model = vision.Classifier(vision.NETS["squeezenet"], 10)
+    params, stats = jax.eval_shape(lambda: model.initial(0))
+    (method,), roles = transfer.STRATEGIES[strategy](c), model.roles(params, stats, 32)
+    tuned = jax.eval_shape(lambda params: method.init(jax.random.key(0), params, roles), params)
+    modules = {"/".join(map(str, path[:-1])) for path, _ in nnx.to_flat_state(params)}
+    targets = {module for module in modules if re.fullmatch(name, module)} | {"classifier"}
+    trains = pj.extract(tuned)
+    assert {next(x for x in modules if path.startswith(f"{x}/")) for path in trains} == targets
+    assert sum(x.size for x in trains.values()) < 80_000
+
+
+class Shallow(nnx.Module):
+    """Two parts of SqueezeNet, between a convolution and its head."""
+
+    def __init__(self, classes, *, rngs):
+        self.conv1, self.fire2 = nnx.Conv(3, 16, (3, 3), 2, rngs=rngs), Fire(16, 8, 8, rngs=rngs)
+        self.fire3, self.classifier = Fire(16, 8, 8, rngs=rngs), nnx.Conv(16, classes, (1, 1), rngs=rngs)
+
+    def __call__(self, x):
+        return self.classifier(self.fire3(self.fire2(self.conv1(x)))).mean((1, 2))
+
+
+def test_overlays_on_convolutions_train(folder, tmp_path, monkeypatch):
+    """With the targets of SqueezeNet, to which no statistics belong."""
+    net = dataclasses.replace(vision.NETS["squeezenet"], make=lambda n, rngs: Shallow(n, rngs=rngs))
+    start = tree(vision.Classifier(net, 5).initial(0)[0])
+    monkeypatch.setitem(vision.NETS, "squeezenet", dataclasses.replace(net, read=lambda: start))
+    changes = {"model": "squeezenet", "strategies": ("lora,adapters",), "steps": 2, "checks": 1}
+    rows = called(configured(folder, tmp_path, **changes)).rows
+    assert [(row["strategy"], row["skipped_steps"]) for row in rows] == [("lora", 0), ("adapters", 0)]
+    assert all(row["trainable"] > 2 * 17 for row in rows)  # the head's
 
 
 def test_targets_that_are_not_there_are_found_before_any_run(folder, tmp_path):

@@ -18,6 +18,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec as P
 
 import peftjax as pj
+from experiments import logs
 from experiments.batches import batches
 from experiments.interruption import Interrupted
 from experiments.train import Limits, arrays, train
@@ -129,7 +130,7 @@ def stopping(index, port, folder, checkpoints, out):
 
     with Runs(folder / "runs", METHOD) if checkpoints else contextlib.nullcontext() as runs:
         try:
-            train(step, state, epoch, judge, Limits(1, 1), Silent(), runs)
+            train(step, state, epoch, judge, Limits(1, 1), logs.Together([]), runs)
         except Interrupted as error:
             out.put((index, str(error), runs.numbers))
     out.close()
@@ -137,12 +138,6 @@ def stopping(index, port, folder, checkpoints, out):
     if index == 1:
         os.kill(os.getpid(), signal.SIGTERM)  # behind the run it is as it always is
     time.sleep(60)
-
-
-class Silent:
-    def epoch(self, *_): ...
-    def step(self, *_): ...
-    def score(self, *_): ...
 
 
 def judging(folder, checkpoints, out):

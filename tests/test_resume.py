@@ -22,7 +22,7 @@ from covers import some
 from rich.console import Console
 
 import peftjax as pj
-from experiments import display, train
+from experiments import display, logs, train
 from experiments.interruption import Interrupted
 from peftjax.runs import Runs
 
@@ -31,12 +31,6 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["test_resume"])
 METHOD = pj.lora(rank=2, dropout=0.2, targets=("up", "down"))
 STEPS, EPOCHS = 12, 3
-
-
-class Silent:
-    def epoch(self, *_): ...
-    def step(self, *_): ...
-    def score(self, *_): ...
 
 
 def go(folder, seen, pause=0.0, limit=None, judging=None, epochs=EPOCHS):
@@ -75,7 +69,7 @@ def go(folder, seen, pause=0.0, limit=None, judging=None, epochs=EPOCHS):
     epoch = lambda number: grain.MapDataset.source(rows).seed(number).shuffle()
     state = pj.train_state(tuned, tx, key=jax.random.key(1))
     with Runs(Path(folder) / "runs", METHOD, metric="epoch", lowest=False) as runs:
-        trained = train.train(slow, state, epoch, validate, train.Limits(epochs, epochs), Silent(), runs, every=2)
+        trained = train.train(slow, state, epoch, validate, train.Limits(epochs, epochs), logs.Together([]), runs, every=2)
     progress = {k: v for k, v in trained.progress.to_dict().items() if k != "seconds"}
     np.savez(
         Path(folder) / "end.npz",
@@ -242,7 +236,7 @@ def test_sigterm_without_checkpoints_is_left_alone():
 # Losses that are not finite
 
 
-def failing(folder, bad, epochs=2, shown=Silent()):
+def failing(folder, bad, epochs=2, shown=logs.Together([])):
     """Trains on ten batches an epoch, those in `bad` of NaN; what it gives, and the states after each step."""
     rows = [{"ids": np.full((2, 3), np.nan if k in bad else 1 + k, np.float32)} for k in range(10)]
     rows = [{**row, "label": np.zeros(2, np.int32), "weight": np.ones(2, np.float32)} for row in rows]
