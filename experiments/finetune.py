@@ -136,7 +136,8 @@ class Compiled:
 
     def compile(self, begin: Callable[[], pj.TrainState], each: list[Batch], console: Console) -> None:
         """Takes a step of each new shape, and forgets it: the seconds of an epoch are then those of training."""
-        if not (new := {batch["ids"].shape[1]: batch for batch in each if batch["ids"].shape[1] not in self.widths}):
+        new = {width: batch for batch in each if (width := batch["ids"].shape[1]) not in self.widths}
+        if not new:
             return
         start, state = time.perf_counter(), begin()
         for batch in new.values():

@@ -148,10 +148,9 @@ def run(c: ml_collections.ConfigDict, console: Console) -> dict[str, Any]:
         running.forget(where.folder)
     values = {one: [_value(ledger.find(keys[one, seed])) for seed in dict.fromkeys(c.seeds)] for one in tried}
     best = {method: {**x, "rows": c.rows} for method, x in winners(values).items()}
-    tried_now = {one.method for one in tried}  # one of which nothing came to its end has no winner, of before neither
-    others = read_winners(path, c) if path.is_file() else {}
-    merged = {**{method: x for method, x in others.items() if method not in tried_now}, **best}
-    record.replace(path, json.dumps({"version": VERSION, **origin(c), "methods": merged}, indent=1) + "\n")
+    before = read_winners(path, c) if path.is_file() else {}
+    others = {method: x for method, x in before.items() if method not in listed(c.methods)}
+    record.replace(path, json.dumps({"version": VERSION, **origin(c), "methods": {**others, **best}}, indent=1) + "\n")
     console.print(table(best))
     console.print(f"the winners are in {path}")
     return best

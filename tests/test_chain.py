@@ -221,15 +221,15 @@ def same(a, b):
     return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
-def close(got, want, what="", top=0.0):  # in f32 two orders of the same sums are up to 2.4e-5 apart, of LoRA everywhere
-    np.testing.assert_allclose(got, want, atol=1e-4 * max(np.abs(want).max(), top), rtol=0, err_msg=what)
+def close(got, want, what="", top=0.0):
+    np.testing.assert_allclose(got, want, atol=2e-5 * max(np.abs(want).max(), top), rtol=0, err_msg=what)
 
 
 @pytest.mark.parametrize("chain, model", CASES + MORE)
 def test_a_chain_is_all_its_parts(chain, model, tmp_path):
     (methods, adapter), (fn, params, roles) = CHAINS[chain], built(model)
     method, traces = pj.chain(*methods), []
-    tuned = away(method.init(jax.random.key(0), params, roles))
+    tuned = away(method.init(jax.random.key(0), params, roles), by=0.1)  # far away, f32 gradients hang on the order of sums
     flat, apply = pj.extract(tuned), wrapped(fn, traces)
     loss = lambda y: ((jnp.sin(y) * jnp.arange(VOCABULARY, dtype=jnp.float32)[None, None]).sum(), y)
     step = jax.jit(lambda t, f: jax.value_and_grad(lambda t: loss(apply(pj.combine(t, f), IDS, MASK)), has_aux=True)(t))
