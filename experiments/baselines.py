@@ -26,7 +26,7 @@ class Baseline:
       name: of the model.
       answers: (N,).
       trainable: how many parameters it has.
-      seconds: of fitting it, choices included; compiling is not.
+      seconds: of fitting it, choices included; without compiling, but for the run that is set beside the baselines.
     """
 
     name: str
