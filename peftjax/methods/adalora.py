@@ -131,8 +131,7 @@ def adalora(
       target_rank: the mean rank in the end; 8 as in Hugging Face's peft.
       alpha: the numerator of the scale s, not 0; None means `rank`. The scale stays when ranks are pruned.
       total_steps: of training; the pruning is laid over them, so there is no default.
-      tinit: the first steps, in which all ranks train; 0, 0 and 1 of `tinit`, `tfinal` and `delta_t` are peft's. The
-        paper warms up and ends with a part of the steps that depends on the task.
+      tinit: the first steps, in which all ranks train; 0, as 0 and 1 of `tfinal` and `delta_t`, is peft's.
       tfinal: the last ones, in which those that were pruned stay at zero. With 0, the last pruning would be at a step that
         is not run any more; the one before leaves the target or little more.
       delta_t: how many steps from one pruning to the next.
@@ -153,8 +152,7 @@ def adalora(
     Raises:
       ValueError: a target below 1 or above the rank, steps that leave no time to prune, averages outside (0, 1), an alpha
         of 0, a negative orth_weight, a dropout outside [0, 1), a rank above the smaller side of a weight, a weight that
-        trains an AdaLoRA already, a pattern that matches nothing; in `update`, a tree without the method's overlays, or
-        without their gradients.
+        trains an AdaLoRA already, a pattern that matches nothing; in `update`, a tree without its overlays or gradients.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj

@@ -101,21 +101,18 @@ def lora(
     """Adds a trainable low-rank product to each chosen weight: `y = x W + s (x A) B`, with `s = alpha / rank`.
 
     Args:
-      rank: the inner size r; A is (in..., r) and B (r, out...), both float32. 8, for in the paper ranks from 4 to 64 do
-        about equally well.
+      rank: the inner size r; A is (in..., r) and B (r, out...), both float32. 8: in the paper 4 to 64 do alike.
       alpha: the numerator of the scale s, not 0; None means `rank`: a scale of 1 at every rank, and of sqrt(rank) with
         `rslora`.
-      targets: the weights to tune; by default every linear kernel but embeddings and the output head: the attention's
-        alone fall behind full fine-tuning in QLoRA's comparison (arXiv 2305.14314).
+      targets: the weights to tune; by default every linear kernel but embeddings and the output head.
       exclude: weights to leave out; wins over `targets`.
       rslora: scales by `alpha / sqrt(rank)`, which keeps the update's size as the rank grows; False is the first paper.
-      dropout: rate at which the input of A is dropped: `apply(peftjax.with_key(tuned, key), x)` with a new key each step,
-        inside the loss, or a `peftjax.train_state` with a key. Without keys there is none, whatever the rate; lookups
-        drop nothing. 0, for how much helps is a matter of the data.
+      dropout: rate at which the input of A is dropped, under `peftjax.with_key` or a `peftjax.train_state` with a key;
+        without keys there is none, whatever the rate, and lookups drop nothing. 0, for how much helps hangs on the data.
       init: "kaiming" (A uniform in +-1/sqrt(in), B = 0), "gaussian" (A of deviation 1/r, B = 0), "zero_a" (A = 0, B
         uniform in +-1/sqrt(r)), "pissa" (the r largest singular directions of W), "olora" (its QR factors) or
         "orthogonal" (A B = 0 to rounding with neither zero; an even rank). "pissa" and "olora" leave W as it is and
-        subtract the product they start from, so that no start changes the model.
+        subtract the product they start from: no start changes the model.
       rank_pattern: regex -> rank for some weights; the first match wins, and its scale uses its own rank.
       alpha_pattern: regex -> alpha, likewise.
       layers: for weights stacked by a scan, the layers that are tuned; the others have scale 0. None means all.
@@ -131,9 +128,8 @@ def lora(
 
     Raises:
       ValueError: a rank below 1 or above the smaller side of a weight, an alpha of 0, a dropout outside [0, 1), an
-        unknown init, an odd rank for "orthogonal", a pattern that matches nothing, a use that a chosen weight does not
-        have, layers of a weight that is not stacked or that it lacks, "zero_a" where A does not train; with `bias`, no
-        roles, or a weight without a bias of its own.
+        unknown init, an odd rank for "orthogonal", "zero_a" where A does not train, a pattern that matches nothing, a
+        use or layers that a chosen weight does not have; with `bias`, no roles, or a weight without a bias of its own.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj
