@@ -1,6 +1,7 @@
 """The arithmetic of one train step: gradients over the parts of a batch, the optimizer, and a method's own hooks."""
 
 import dataclasses
+import inspect
 from typing import Any, Callable, Mapping
 
 import jax
@@ -78,13 +79,31 @@ def _total(apply: Apply, loss: Loss, frozen: Any) -> Callable[..., Any]:
         model, adapters = (None, None) if key is None else jax.random.split(key)
         tuned = combine(trainable, frozen) if key is None else with_key(combine(trainable, frozen), adapters)
         given = {"key": model, "model_state": model_state}
-        out = apply(tuned, part, **{name: x for name, x in given.items() if x is not None})
+        given = {name: x for name, x in given.items() if x is not None}
+        _check_takes(apply, given)
+        out = apply(tuned, part, **given)
         out, after = (out, None) if model_state is None else out
         value, aux = loss(out, part)
         sums = {"weight": 1.0, **aux, "loss": value}
         return value, (jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), sums), after)
 
     return total
+
+
+def _check_takes(apply: Apply, given: Mapping[str, Any]) -> None:
+    """Raises unless the function takes these keywords, as far as its signature can tell."""
+    try:
+        options = inspect.signature(apply).parameters.values()
+    except (TypeError, ValueError):  # a function that tells nothing of its arguments
+        return
+    named = {o.name for o in options if o.kind in (o.POSITIONAL_OR_KEYWORD, o.KEYWORD_ONLY)}
+    lacking = [name for name in given if name not in named]
+    if lacking and not any(o.kind is o.VAR_KEYWORD for o in options):
+        raise TypeError(
+            f"apply takes ({', '.join(o.name for o in options)}) and no `{lacking[0]}=`, which a step gives it, for the "
+            f"state has {'a key' if lacking[0] == 'key' else 'a model state'}; expected "
+            f"`apply(tuned, batch, {', '.join(given)})`, also where the model has no use for it"
+        )
 
 
 def _gradients(run: Callable[..., Any], moving: Any, batch: Any, parts: int, key: Any) -> tuple[Sums, Any, Any]:

@@ -6,6 +6,7 @@ import jax
 
 from peftjax.evaluate import wrap
 from peftjax.method import Method
+from peftjax.overlay import short
 from peftjax.roles import roles
 from peftjax.tokens import wrap_tokens
 
@@ -63,5 +64,10 @@ def attach(
       >>> tuned["value"], apply(tuned, ids, mask).shape
       (Prefix(float32[2,3], length=4), (1, 3, 3))
     """
+    if tokens is not None and not isinstance(tokens, Mapping):
+        raise TypeError(
+            f"attach: tokens={short(tokens) if hasattr(tokens, 'shape') else repr(tokens)}; expected the options of "
+            "`peftjax.wrap_tokens`, such as {}. Is it an argument of the model? That is given by its place, not by name"
+        )
     run = wrap(fn) if tokens is None else wrap_tokens(fn, **tokens)
     return run, method.init(key, params, roles(fn, params, *args, **kwargs))

@@ -1,5 +1,6 @@
 """Trained copies: an overlay that stands for its own array, and methods that put it on leaves."""
 
+import functools
 from typing import Any, Callable, Collection
 
 import jax
@@ -36,18 +37,18 @@ class Full(Overlay):
         return (Term(dense=mixed.astype(base.dtype)),)
 
 
-def copied(leaf: Leaf) -> Any:
+def copied(leaf: Leaf, name: str = "unfreeze") -> Any:
     """The leaf with a trained copy on it; one that trains itself already, as it is."""
     below = [x for x in layers(leaf.value) if not isinstance(x, (Output, Table))]
     if below and isinstance(below[0], Full) and below[0].trained_fields:
         return leaf.value
     if any(x.trained_fields for x in below):
         raise ValueError(
-            f"unfreeze: {leaf.path} already holds {leaf.value!r}, which would train and act no more; `peftjax.lock` the "
+            f"{name}: {leaf.path} already holds {leaf.value!r}, which would train and act no more; `peftjax.lock` the "
             "tree to start from what it makes, or leave the leaf out with `exclude`"
         )
-    if not all(getattr(x, "merges", True) for x in below):
-        raise ValueError(f"unfreeze: {leaf.path} holds {leaf.value!r}, for which no array can stand; exclude the leaf")
+    if not all(x.merges for x in below):
+        raise ValueError(f"{name}: {leaf.path} holds {leaf.value!r}, for which no array can stand; exclude the leaf")
     # A view of the buffer would die with it when a train step donates the trainable tree.
     return Full(
         base=leaf.value,
@@ -66,6 +67,7 @@ def trained_leaves(name: str, find: Callable[[Any, Any], Collection[str]], exclu
         wanted = {p for p in find(params, roles) if jnp.issubdtype(kinds[p], jnp.floating) and used(p)}
         if not wanted:
             raise ValueError(f"{name}: of the leaves that it names, the model uses none of floating point")
-        return per_leaf(copied, lambda path, _: path in wanted, exclude).init(key, params, roles)
+        make = functools.partial(copied, name=name)
+        return per_leaf(make, lambda path, _: path in wanted, exclude).init(key, params, roles)
 
     return Method(name="", options={}, start=start)

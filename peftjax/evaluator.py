@@ -101,8 +101,8 @@ class Evaluator:
     def merged(self, x: Any, eqn: Any = None) -> Any:
         """The array that a value stands for; merging an operator is noted, and an overlay of outputs refuses."""
         x = inner(x)
+        where = eqn.primitive.name if eqn is not None else "the function's output"
         if isinstance(x, (Hook, Rows, Pending)):
-            where = eqn.primitive.name if eqn is not None else "the function's output"
             why = "; it waits for the one addition of what the layer read" if isinstance(x, Pending) else ""
             raise ValueError(f"the overlay at {x.path} reached {where} before it could act on its layer's output{why}")
         if not isinstance(x, Weight):
@@ -110,7 +110,7 @@ class Evaluator:
         seen = x if eqn is None else x.only_for(eqn.primitive.name)
         whole = seen.plain is not None  # an array of its own, or the base: nothing to merge
         self.note([x], eqn, "merged" if not whole else "acted" if x.plain is not None else "left alone")
-        return dense(seen)
+        return dense(seen, f" for {where}")
 
     def note(self, weights: Sequence[Weight], eqn: Any, how: str) -> None:
         """Remembers what an equation did with these operators."""

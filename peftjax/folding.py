@@ -21,7 +21,7 @@ def can_fold(w: Weight, x: Any) -> bool:
     return (
         wide
         and w.plain is None
-        and not any(t.rate and t.key is not None for t in w.terms)
+        and not w.drops
         and any(t.dense is not None for t in w.terms)
         and not any(t.dense is not None and t.factors for t in w.terms)
         and compat.explicit_spec(x) is None

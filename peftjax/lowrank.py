@@ -131,8 +131,8 @@ def _matrices(leaf: Leaf, rank: int, factors: Callable[[Any, Any], tuple[Any, An
 def _pissa(leaf: Leaf, rank: int, scale: float) -> Started:
     def factors(w: Any, key: Any) -> tuple[Any, Any]:
         u, s, v = jnp.linalg.svd(w, full_matrices=False)
-        root = jnp.sqrt(s[:rank] / scale)
-        return u[:, :rank] * root[None], root[:, None] * v[:rank]
+        root = jnp.sqrt(s[:rank] / abs(scale))
+        return u[:, :rank] * root[None], math.copysign(1, scale) * root[:, None] * v[:rank]
 
     return *_matrices(leaf, rank, factors), True
 
@@ -146,9 +146,6 @@ def _olora(leaf: Leaf, rank: int, scale: float) -> Started:
 
 
 def _orthogonal(leaf: Leaf, rank: int, scale: float) -> Started:
-    if rank % 2:
-        raise ValueError(f"init 'orthogonal' needs an even rank, found {rank} at {leaf.path}")
-
     def factors(w: Any, key: Any) -> tuple[Any, Any]:
         mixing, reads, writes = jax.random.split(key, 3)
         q, _ = jnp.linalg.qr(jax.random.normal(mixing, (rank, rank), jnp.float32))
@@ -167,6 +164,13 @@ INITS: dict[str, Callable[[Leaf, int, float], Started]] = {
     "orthogonal": _orthogonal,
 }
 FACTORED = ("pissa", "olora")  # factors of the weight itself, which has no more ranks than its smaller side
+
+
+def started(name: str, init: str, leaf: Leaf, rank: int, scale: float) -> Started:
+    """The factors `a` and `b` with which a method starts at a leaf, and whether their product is to be subtracted."""
+    if init == "orthogonal" and rank % 2:
+        raise ValueError(f"{name}: init 'orthogonal' needs an even rank, found {rank} at {leaf.path}")
+    return INITS[init](leaf, rank, scale)
 
 
 def factorization(size: int, factor: int = -1) -> tuple[int, int]:

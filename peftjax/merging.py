@@ -58,12 +58,7 @@ def merge(tuned: Any, report: bool = False) -> Any:
 
 
 def _check(tuned: Any) -> None:
-    kept = [
-        f"{p} ({type(x).__name__})"
-        for p, leaf in flatten(tuned)
-        for x in layers(leaf)
-        if not getattr(x, "merges", True)
-    ]
+    kept = [f"{p} ({type(x).__name__})" for p, leaf in flatten(tuned) for x in layers(leaf) if not x.merges]
     if kept:
         raise ValueError(
             f"no weight can say what these overlays do: {', '.join(kept)}. They act on outputs, add rows, or act in "

@@ -89,6 +89,11 @@ class Overlay:
         return type_of(self.base)
 
     @property
+    def merges(self) -> bool:
+        """Whether an array can stand for it: what `peftjax.merge` asks."""
+        return True
+
+    @property
     def trained_fields(self) -> tuple[str, ...]:
         """Names of the fields that train."""
         return tuple(n for n, k in self.kinds.items() if k == "trained" and n not in self.locked)

@@ -67,7 +67,7 @@ def _barrier(eqn: Any, operands: Sequence[Any], run: Run) -> list[Any]:
 def _dot(eqn: Any, operands: Sequence[Any], run: Run) -> list[Any] | None:
     side = 1 if isinstance(operands[1], Weight) else 0
     w, x = operands[side].only_for("dot_general"), operands[1 - side]
-    x = dense(x) if isinstance(x, Weight) else x
+    x = dense(x, " for dot_general") if isinstance(x, Weight) else x
     flat, out, sizes = _dot_labels(eqn, w, x, side)
     around = shared(w, flat, out)
     if around is None:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from peftjax.overlay import Overlay
+from peftjax.overlay import Overlay, layers
 from peftjax.paths import flatten
 from peftjax.targets import Targets, choose
 from peftjax.tree import map_layers, map_leaves
@@ -103,6 +103,9 @@ def with_key(tuned: Any, key: Any) -> Any:
       contracts or convolves it; a lookup has none to drop. Where an overlay has no rule and would have to be merged, the
       wrapped function raises ValueError. `peftjax.merge` sets keys aside.
 
+    Raises:
+      TypeError: the key is no array, such as a seed.
+
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj
       >>> method = pj.lora(rank=1, dropout=0.1, targets="w")
@@ -113,15 +116,26 @@ def with_key(tuned: Any, key: Any) -> Any:
       >>> loss = lambda tuned, x, key: apply(pj.with_key(tuned, key), x).sum()
       >>> value, grads = pj.value_and_grad(loss)(tuned, jnp.ones((3, 2)), jax.random.key(1))
     """
+    if key is not None and not hasattr(key, "dtype"):
+        raise TypeError(f"with_key: expected a random key, such as jax.random.key(0), or None; found {key!r}")
     if key is not None and not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
 
     def keyed(path: str, x: Overlay) -> Any:
-        if "key" not in x.kinds or (key is not None and not getattr(x, "dropout", 0)):
+        if "key" not in x.kinds or (key is not None and not _drops(x)):
             return x
         return x.replace(key=None if key is None else _split(fold(key, path), jnp.shape(x.scale)))
 
     return map_layers(keyed, tuned)
+
+
+def dropping(tuned: Any) -> list[str]:
+    """The paths of the leaves with an overlay that has dropout."""
+    return [path for path, leaf in flatten(tuned) if any(map(_drops, layers(leaf)))]
+
+
+def _drops(x: Overlay) -> bool:
+    return "key" in x.kinds and bool(getattr(x, "dropout", 0))
 
 
 def still(leaf: Any) -> Any:

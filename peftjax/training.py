@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import warnings
 from typing import Any, Callable, Sequence
 
 import jax
@@ -15,6 +16,7 @@ from peftjax.advance import Loss, advance
 from peftjax.method import Method
 from peftjax.sharding import BATCH_AXES, shardings
 from peftjax.state_layout import abstract, like_trainable, on, put
+from peftjax.switches import dropping
 from peftjax.tree import combine, partition
 
 
@@ -85,6 +87,9 @@ def train_state(
     Raises:
       ValueError: nothing trains, or specs without a mesh, of axes that it does not have, or longer than their arrays.
 
+    Warns:
+      UserWarning: an overlay has dropout, and there is no key: unless `apply` gives it one, nothing drops out.
+
     Example:
       >>> import jax, jax.numpy as jnp, optax, peftjax as pj
       >>> tuned = pj.unfreeze("b").init(jax.random.key(0), {"b": jnp.ones(2), "w": jnp.ones((2, 2))})
@@ -95,6 +100,12 @@ def train_state(
     trainable, frozen = partition(tuned)
     if not jax.tree.leaves(trainable):
         raise ValueError("nothing in this tree trains: it holds no overlay, or all of them are locked")
+    if key is None and (kept := dropping(tuned)):
+        warnings.warn(
+            f"the overlays at {', '.join(kept[:3])}{' ...' if kept[3:] else ''} have dropout, and the state no key to draw "
+            "it from: nothing will drop out; expected `key=` here, or `peftjax.with_key` in the step's apply",
+            stacklevel=2,
+        )
     if specs is not None and mesh is None:
         raise ValueError("specs say where arrays lie on a mesh; expected `mesh=` beside them")
     if mesh is not None:
@@ -164,6 +175,7 @@ def make_train_step(
     Raises:
       ValueError: fewer than one part, or axes that the mesh does not have; when it is called, examples that the parts
         and the mesh do not divide, or a state that does not lie on the mesh.
+      TypeError: when it is called, a state with a key or a model state, and an apply that takes none.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, peftjax as pj

@@ -223,7 +223,7 @@ def _leaf(ref: Ref, leaves: dict[str, Any]) -> Any:
     if ref.path not in leaves:
         raise ValueError(f"a field refers to the leaf {ref.path!r}, which is not there; {_usual}")
     leaf = leaves[ref.path]
-    if kept := [x for x in layers(leaf) if not getattr(x, "merges", True)]:
+    if kept := [x for x in layers(leaf) if not x.merges]:
         raise ValueError(
             f"a field refers to the leaf {ref.path!r}, for which no array can stand: it holds {kept[0]!r}. Leave that "
             "leaf out of what put it there, with `exclude`"

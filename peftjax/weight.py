@@ -29,6 +29,11 @@ class Weight:
         return dataclasses.replace(self, terms=tuple(t for t in self.terms if t.acts_in(primitive)))
 
     @property
+    def drops(self) -> bool:
+        """Whether a term drops some of what it reads, by a key: no array says so."""
+        return any(t.rate and t.key is not None for t in self.terms)
+
+    @property
     def plain(self) -> Any:
         """Its dense array, where that is all there is, else None."""
         term = self.terms[0] if len(self.terms) == 1 else Term(factors=(Factor(None, ()),))
@@ -82,10 +87,15 @@ def materialise(leaf: Any) -> Any:
     return dense(expand(leaf)) if isinstance(leaf, Overlay) else leaf
 
 
-def dense(weight: Weight) -> Any:
-    """The operator as one array of its logical type."""
+def dense(weight: Weight, where: str = "") -> Any:
+    """The operator as one array of its logical type; `where` ends what is said of one that has none."""
     if (plain := weight.plain) is not None:
         return plain
+    if weight.drops:
+        raise ValueError(
+            f"the overlay at {weight.path} has dropout, which acts on what its weight reads, and would have to be merged"
+            f"{where}; leave the leaf out with `exclude`, give it another method without dropout, or run without a key"
+        )
     whole = [_dense_term(t, weight.layout) for t in weight.terms if t.dense is not None]
     products = [_dense_term(t, weight.layout) for t in weight.terms if t.dense is None]
     # Products are summed among themselves first: opposite ones cancel exactly.
@@ -94,8 +104,6 @@ def dense(weight: Weight) -> Any:
 
 
 def _dense_term(term: Term, layout: Layout) -> Any:
-    if term.rate and term.key is not None:
-        raise ValueError("dropout acts on what a weight reads, so a weight with a dropout key has no dense value")
     factors = tuple(f.wide() for f in term.factors)
     if term.dense is not None:
         whole = Factor(term.dense.reshape([layout.size(a) for a in layout.atoms]), layout.atoms)

@@ -658,6 +658,23 @@ def test_dropout_drops_with_a_key_and_only_then():
     mean = jnp.mean(jnp.stack([apply(pj.with_key(tuned, jax.random.key(k)), X) for k in range(400)]), 0)
     close(mean, apply(tuned, X), 0.2)
     close(jax.jit(apply)(keyed, X), apply(keyed, X))
+    with pytest.raises(TypeError, match="with_key: expected a random key.*found 0"):
+        pj.with_key(tuned, 0)
+
+
+@pytest.mark.parametrize(
+    "fn, where",
+    [
+        (lambda params, x: x @ jnp.tanh(params["w"]), "tanh"),
+        (lambda params, x: x @ (params["w"] @ params["w"].T), "dot_general"),
+        (lambda params, x: params["w"][:1] * 2 + x[0, 0], "mul"),
+    ],
+)
+def test_dropout_where_a_weight_would_be_merged_is_refused(fn, where):
+    keyed = pj.with_key(lora(W, dropout=0.5), jax.random.key(5))
+    with pytest.raises(ValueError, match=f"the overlay at w has dropout.* would have to be merged for {where}"):
+        pj.wrap(fn)(keyed, X)
+    close(pj.wrap(fn)(pj.with_key(keyed, None), X), fn(pj.merge(keyed), X))
 
 
 # Transformations from outside

@@ -59,12 +59,12 @@ def test_gaussian_and_zero_a():
     assert not zero_a.a.any() and 0 < np.abs(zero_a.b).max() <= 1 / 2
 
 
-@pytest.mark.parametrize("alpha", [2, 6])
+@pytest.mark.parametrize("alpha", [2, 6, -6])
 def test_pissa_takes_the_largest_directions(alpha):
     tuned = one(pj.lora(rank=2, alpha=alpha, init="pissa", targets="w"))
     u, s, v = np.linalg.svd(W)
     np.testing.assert_allclose(tuned.scale * (tuned.a @ tuned.b), u[:, :2] * s[None, :2] @ v[:2], atol=1e-5)
-    np.testing.assert_allclose(np.linalg.norm(tuned.a, axis=0), np.sqrt(s[:2] / (alpha / 2)), rtol=1e-4)
+    np.testing.assert_allclose(np.linalg.norm(tuned.a, axis=0), np.sqrt(s[:2] / abs(alpha / 2)), rtol=1e-4)
     assert tuned.base is W
 
 
@@ -78,8 +78,9 @@ def test_orthogonal_starts_at_nothing_with_neither_factor_zero():
     tuned = one(pj.lora(rank=2, init="orthogonal", targets="w"))
     assert tuned.a.any() and tuned.b.any()
     assert np.abs(tuned.a @ tuned.b).max() < 1e-6
-    with pytest.raises(ValueError, match="orthogonal.*even rank, found 3 at w"):
-        one(pj.lora(rank=3, init="orthogonal", targets="w"))
+    for method in (pj.lora, pj.dora):
+        with pytest.raises(ValueError, match=f"^{method.__name__}: init 'orthogonal' needs an even rank, found 3 at w"):
+            one(method(rank=3, init="orthogonal", targets="w"))
 
 
 def test_fields_take_the_place_of_axes():
@@ -286,6 +287,8 @@ def test_what_the_sentences_refuse():
         pj.last_layers(9).init(KEY, NETWORK, pj.roles(network, NETWORK, np.ones((2, 4), np.float32)))
     with pytest.raises(ValueError, match="w already holds LoRA"):
         pj.chain(pj.lora(rank=1, targets="w"), pj.unfreeze("w")).init(KEY, {"w": W})
+    with pytest.raises(ValueError, match="^full: w already holds LoRA"):
+        pj.chain(pj.lora(rank=1, targets="w"), pj.full()).init(KEY, {"w": W})
 
 
 def test_a_bfloat16_leaf_trains_in_float32():

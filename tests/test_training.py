@@ -261,3 +261,24 @@ def test_what_is_wrong_is_named():
         pj.train_state(pj.strip(tuned), tx)
     with pytest.raises(ValueError, match="expected `mesh=`"):
         pj.train_state(tuned, tx, specs={})
+
+
+def test_what_a_step_gives_apply_is_taken():
+    apply, tuned = made()
+    step = pj.make_train_step(apply, token_loss, optax.sgd(0.1))
+    with pytest.raises(TypeError, match=r"apply takes \(params, batch\) and no `key=`.*the state has a key; expected `apply\("):
+        step(pj.train_state(tuned, step.tx, key=KEY), batch_of())
+    with pytest.raises(TypeError, match="no `model_state=`.*the state has a model state"):
+        step(pj.train_state(tuned, step.tx, model_state=jnp.zeros(())), batch_of())
+    takes_all = pj.make_train_step(lambda tuned, batch, **given: apply(tuned, batch), token_loss, step.tx)
+    assert takes_all(pj.train_state(tuned, step.tx, key=KEY), batch_of())[0].step == 1
+
+
+def test_dropout_without_a_key_is_said(recwarn):
+    _, tuned = made(pj.lora(rank=2, dropout=0.1, targets=".*Dense.*kernel"))
+    with pytest.warns(UserWarning, match="Dense_0/kernel.* have dropout, and the state no key"):
+        pj.train_state(tuned, optax.sgd(0.1))
+    recwarn.clear()
+    pj.train_state(tuned, optax.sgd(0.1), key=KEY)
+    pj.train_state(made()[1], optax.sgd(0.1))
+    assert not recwarn.list

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from peftjax.factored import Factor, Term, chain, scaled
-from peftjax.lowrank import FACTORED, INITS, checked, layered, replaced
+from peftjax.lowrank import FACTORED, INITS, checked, layered, replaced, started
 from peftjax.method import Leaf, Method, check_known, method, per_leaf
 from peftjax.norms import changed_norm, norm
 from peftjax.overlay import Overlay, atoms, frozen, is_overlay, overlay, static, trained
@@ -145,15 +145,15 @@ def dora(
         r = checked("dora", leaf, pattern_value(ranks, leaf.path, rank), any_rank and init not in FACTORED)
         top = pattern_value(alphas, leaf.path, r if alpha is None else alpha)
         ratio = top / math.sqrt(r) if rslora else top / r
-        a, b, started = INITS[init](leaf, r, ratio)
+        a, b, begun = started("dora", init, leaf, r, ratio)
         made = DoRA(
             base=leaf.value,
             a=a,
             b=b,
             m=None,
             scale=layered("dora", leaf, 1.0, layers),
-            a0=jnp.copy(a) if started else None,
-            b0=jnp.copy(b) if started else None,
+            a0=jnp.copy(a) if begun else None,
+            b0=jnp.copy(b) if begun else None,
             axes=leaf.axes,
             ratio=ratio,
             dropout=dropout,

@@ -8,7 +8,7 @@ from typing import Any, Mapping, Sequence
 import jax.numpy as jnp
 
 from peftjax.factored import Factor, Term
-from peftjax.lowrank import FACTORED, INITS, checked, layered, limited, replaced
+from peftjax.lowrank import FACTORED, INITS, checked, layered, limited, replaced, started
 from peftjax.method import Leaf, Method, check_known, chosen_leaves, laid, method, per_leaf
 from peftjax.overlay import Overlay, atoms, frozen, overlay, static, trained
 from peftjax.roles import Roles
@@ -153,14 +153,14 @@ def lora(
 
     def make(leaf: Leaf) -> LoRA:
         r, scale = scale_of(leaf)
-        a, b, started = INITS[init](leaf, r, scale)
+        a, b, begun = started("lora", init, leaf, r, scale)
         return LoRA(
             base=leaf.value,
             a=a,
             b=b,
             scale=layered("lora", leaf, scale, layers),
-            a0=jnp.copy(a) if started else None,
-            b0=jnp.copy(b) if started else None,
+            a0=jnp.copy(a) if begun else None,
+            b0=jnp.copy(b) if begun else None,
             axes=leaf.axes,
             dropout=dropout,
             uses=limited("lora", leaf, uses),
