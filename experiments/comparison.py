@@ -14,7 +14,7 @@ from rich import box
 from rich.table import Table
 
 from experiments import record
-from experiments.report import BARS, Result, axes_of, groups, mean, named, spread, style
+from experiments.report import BARS, Result, axes_of, groups, mean, named, saved, spread, style
 
 NAMES = {
     "words": "TF-IDF + logistic regression",
@@ -120,8 +120,7 @@ def write(results: Sequence[Result], folder: Path) -> list[Path]:
         figures["curves"] = _curves(results)
     made = []
     for what, figure in figures.items():
-        made.append(folder / f"compare-{what}.png")
-        figure.savefig(made[-1], dpi=110)
+        made.append(saved(figure, folder / f"compare-{what}.png"))
     made.append(folder / "compare.html")
     record.replace(made[-1], _page(results, dict(zip(figures, made))))
     return made

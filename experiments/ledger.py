@@ -1,10 +1,16 @@
 """A file of results in which every run is found again by its settings: what is there is not done again."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, Mapping
 
 from experiments import record
+
+
+def mark(settings: Mapping[str, Any]) -> str:
+    """Eight characters that tell a run's settings from others, for the name of its folder."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 class Ledger:

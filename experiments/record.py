@@ -39,10 +39,10 @@ def append(path: Path, config: Mapping[str, Any], results: Mapping[str, Any]) ->
         file.write(json.dumps(row) + "\n")
 
 
-def replace(path: Path, text: str) -> None:
+def replace(path: Path, content: str | bytes) -> None:
     """Writes a whole file; where that stops half-way, what was there before stays."""
     part = path.with_name(f"{path.name}.part")
-    part.write_text(text)
+    part.write_bytes(content.encode() if isinstance(content, str) else content)
     part.replace(path)
 
 

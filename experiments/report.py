@@ -1,5 +1,6 @@
 """What runs of several strategies gave: a table, and a picture."""
 
+import io
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -9,6 +10,8 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from experiments import record
 
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#999999")  # Okabe and Ito
 MARKS = "osD^vP*X"
@@ -114,7 +117,14 @@ def plot(results: Sequence[Result], path: Path) -> Path:
     figure.supxlabel(BARS, fontsize="small")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    return saved(figure, path)
+
+
+def saved(figure: Figure, path: Path, dpi: int = 110) -> Path:
+    """Writes a figure as PNG, whole or not at all; returns the file."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=dpi)
+    record.replace(path, drawn.getvalue())
     return path
 
 

@@ -24,7 +24,7 @@ from rich.table import Table
 import peftjax as pj
 from experiments import finetune, pages, recipes, record, running, tasks
 from experiments.data import Rows
-from experiments.ledger import Ledger
+from experiments.ledger import Ledger, mark
 from experiments.pages import check_numbers, listed
 from experiments.text_model import Page, TextModel
 
@@ -100,7 +100,8 @@ def place(c: ml_collections.ConfigDict, script: str, rows: int, key: Mapping[str
     size = recipes.METHODS.get(c.method)
     sized = "" if size is None else f"-{size}{c[c.method].get(size)}"
     usual = finetune.folder_of_run(c)
-    return finetune.Place(usual.parent / script / f"{usual.name}{sized}-rate{c.rate[c.method]:g}-rows{rows}", key)
+    name = f"{usual.name}{sized}-rate{c.rate[c.method]:g}-rows{rows}-{mark(key)}"
+    return finetune.Place(usual.parent / script / name, key)
 
 
 def unheeded(c: ml_collections.ConfigDict) -> dict[str, str]:

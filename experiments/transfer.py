@@ -3,9 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import io
-import json
 import time
 from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
@@ -20,6 +18,7 @@ import peftjax as pj
 from experiments import baselines, images, running, vision
 from experiments.data import Dataset
 from experiments.images import COLUMNS, Images, batches
+from experiments.ledger import mark
 from experiments.schedules import warm_then_linear
 from experiments.train import Check, Limits, Progress, Score, Trained, arrays, cross_entropy, predict, score, train
 
@@ -65,8 +64,8 @@ class Run:
 
     def folder(self, c: ml_collections.ConfigDict) -> Path:
         """Where it keeps checkpoints and logs: runs that differ in any setting have their own."""
-        made = hashlib.sha256(json.dumps(self.settings(c), sort_keys=True).encode()).hexdigest()[:8]
-        return Path(c.out) / f"{Path(c.data).stem}-{self.strategy}-{self.rows}-seed{self.seed}-{made}"
+        name = f"{Path(c.data).stem}-{self.strategy}-{self.rows}-seed{self.seed}-{mark(self.settings(c))}"
+        return Path(c.out) / name
 
 
 @dataclasses.dataclass(frozen=True)

@@ -248,23 +248,33 @@ def unplotted(monkeypatch):
     monkeypatch.setattr(comparison, "write", lambda results, folder: [])
 
 
-def test_runs_that_differ_in_rate_size_or_rows_have_their_own_folders(place, tmp_path, unplotted, monkeypatch):  # noqa: F811
+def readable(folder):
+    """The names of runs in a folder, without the marks that tell their other settings apart."""
+    found = [run.name.rpartition("-") for run in folder.iterdir()]
+    assert all(len(mark) == 8 for _, _, mark in found)
+    return sorted(name for name, _, _ in found)
+
+
+def test_runs_that_differ_in_any_setting_have_their_own_folders(place, tmp_path, unplotted, monkeypatch):  # noqa: F811
     """With checkpoints and logs no run goes on from another's state: the results are those without checkpoints."""
     small = {"methods": ("lora",), "out": str(tmp_path), "resume": "auto", "tensorboard": True}
     c = tiny(sweeping.get_config(), place, **small, rows=32, epochs=1, seeds=(0,))
     with c.unlocked():
         c.rates.lora, c.sizes.lora = (1e-3, 3e-2), (2, 4)
     printed(sweep.run, c)
-    names = {f"mine-lora-seed0-rank{size}-rate{rate}-rows32" for size in (2, 4) for rate in (0.001, 0.03)}
-    assert {folder.name for folder in (tmp_path / "sweep").iterdir()} == names
-    assert all(len(list((tmp_path / "sweep" / name / "tensorboard").iterdir())) == 1 for name in names)
+    names = [f"mine-lora-seed0-rank{size}-rate{rate}-rows32" for size in (2, 4) for rate in (0.001, 0.03)]
+    assert readable(tmp_path / "sweep") == names
+    with c.unlocked():
+        c.lora.alpha, c.rates.lora, c.sizes.lora = 3.0, (1e-3,), (2,)
+    printed(sweep.run, c)
+    assert readable(tmp_path / "sweep") == [names[0], *names]
+    assert all(len(list((run / "tensorboard").iterdir())) == 1 for run in (tmp_path / "sweep").iterdir())
     c = tiny(comparing.get_config(), place, **small, baselines=("words",), rows=(32, 96), passes=(3, 3), seeds=(0,))
     c.winners, c.rate.lora = "", 3e-2
     with monkeypatch.context() as patch:
         patch.setattr(compare.running, "forget", lambda folder: None)
         found = printed(compare.run, c)[0]
-    names = {f"mine-lora-seed0-rank8-rate0.03-rows{n}" for n in (32, 96)}
-    assert {folder.name for folder in (tmp_path / "compare").iterdir()} == names
+    assert readable(tmp_path / "compare") == [f"mine-lora-seed0-rank8-rate0.03-rows{n}" for n in (32, 96)]
     assert not list((tmp_path / "sweep").rglob("checkpoints"))  # nobody goes on from runs that are rows
     (tmp_path / "compare.jsonl").unlink()  # as if they had been killed just before their rows were written
     again = printed(compare.run, c)[0]

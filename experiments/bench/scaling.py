@@ -26,6 +26,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from experiments import record
+from experiments.report import saved
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "experiments" / "configs" / "llama-3.1-8b.json"
@@ -133,7 +134,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         axes.grid(alpha=0.3)
     held.legend(frameon=False, fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.88))
     sent.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
+    saved(figure, path, dpi=150)
     plt.close(figure)
 
 
@@ -150,7 +151,7 @@ def main() -> None:
             rows.append(compiled(plan))
             record.replace(kept, json.dumps(rows, indent=1) + "\n")
             print(f"{plan} in {rows[-1]['seconds']:.0f} s", flush=True)
-    (asked.out / "scaling.md").write_text(page(of(SCALED, rows)))
+    record.replace(asked.out / "scaling.md", page(of(SCALED, rows)))
     plot(of(SCALED, rows), asked.out / "scaling.png")
 
 

@@ -1,5 +1,6 @@
 """Reads a Hugging Face checkpoint of BERT, strictly: a `config.json` and a `model.safetensors`."""
 
+import functools
 import hashlib
 import re
 from pathlib import Path
@@ -53,9 +54,15 @@ def identity(model: str) -> dict[str, str]:
     whole = hashlib.sha256()
     for name in FILES:
         if (path := Path(model) / name).is_file():
-            with path.open("rb") as file:
-                whole.update(name.encode() + hashlib.file_digest(file, "sha256").digest())
+            whole.update(name.encode() + _digest(path, path.stat().st_size, path.stat().st_mtime_ns))
     return {"model_digest": whole.hexdigest()}
+
+
+@functools.lru_cache
+def _digest(path: Path, size: int, changed: int) -> bytes:
+    """That of a file, read once for as long as it keeps its size and the time of its last change."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def load(folder: str | Path, pool: str = "mean") -> tuple[Config, dict[str, Any]]:
