@@ -4,36 +4,58 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from zoo import MODELS, arrays_only
 
 import peftjax as pj
 from peftjax.factored import Factor
 from peftjax.method import Method, per_leaf
 from peftjax.overlay import Output, Overlay, frozen, overlay, static, trained
 
-TOKENS = {"ids": "0", "mask": "1", "positions": "2"}
+def block(params, x):
+    """A residual block, its norm, and a head."""
+    h = x + jnp.tanh(x @ params["up"]["kernel"]) @ params["down"]["kernel"]
+    h = h / jnp.sqrt((h**2).mean(-1, keepdims=True) + 1e-6) * params["norm"]["scale"][None]
+    return h @ params["head"]["kernel"]
 
 
-def encoder():
-    example = MODELS["pre_norm_encoder"].make()
-    fn, args = arrays_only(example)
-    return fn, example.params, args
+def attention(params, input_ids, attention_mask):
+    x = params["words"][input_ids]
+    scores = jnp.where(attention_mask[:, None] > 0, x @ (x @ params["key"]).mT, -1e9)
+    return jax.nn.softmax(scores) @ (x @ params["value"])
 
 
+def drawn(**shapes):
+    tree = jax.tree.map(lambda shape: np.random.default_rng(len(shape)).standard_normal(shape), shapes, is_leaf=is_shape)
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
+
+
+def is_shape(x):
+    return isinstance(x, tuple)
+
+
+KERNELS = {"up": {"kernel": (4, 6)}, "down": {"kernel": (6, 4)}, "head": {"kernel": (4, 2)}}
+PARAMS = drawn(norm={"scale": (4,)}, **KERNELS)
 MERGE = [pj.oft(block_size=2), pj.chain(pj.ia3(targets="all-linear"), pj.layer_norm())]
-KEEP = [pj.chain(pj.adapter(bottleneck=2), pj.lora(rank=2)), pj.prefix(2)]
+KEEP = [pj.chain(pj.adapter(bottleneck=2), pj.lora(rank=2)), pj.reft(rank=2)]
+LAST = ["3 gradients", "4 strip", "6 one compilation", "7 extract, insert", "every overlay acts"]
 
 
-@pytest.mark.parametrize("method", MERGE + KEEP, ids=["oft", "ia3 and norms", "adapter and lora", "prefix"])
+@pytest.mark.parametrize("method", MERGE + KEEP, ids=["oft", "ia3 and norms", "adapter and lora", "reft"])
 def test_the_laws_hold(method):
-    fn, params, args = encoder()
-    report = pj.check(method, fn, params, *args, tokens=TOKENS if method.name == "prefix" else None)
+    report = pj.check(method, block, PARAMS, drawn(x=(3, 4))["x"])
     assert report.ok, report
-    laws = [finding.law for finding in report]
-    assert ("1 identity at init" in laws) == method.identity_at_init
-    assert ("2 merge" in laws) == (method in MERGE)
-    assert laws[-5:] == ["3 gradients", "4 strip", "6 one compilation", "7 extract, insert", "every overlay acts"]
+    first = ["1 identity at init"] * method.identity_at_init + ["2 merge"] * (method in MERGE)
+    assert [finding.law for finding in report] == first + LAST
+
+
+def test_the_laws_hold_of_what_acts_on_tokens():
+    ids, mask = jnp.array([[1, 2, 3]]), jnp.ones((1, 3))
+    params = drawn(words=(5, 2), key=(2, 2), value=(2, 3))
+    report = pj.check(pj.prefix(2), attention, params, ids, mask, tokens={"side": "last"})
+    assert report.ok and [finding.law for finding in report] == LAST, report
+    with pytest.raises(ValueError, match="expected `peftjax.wrap_tokens"):
+        pj.check(pj.prefix(2), attention, params, ids, mask)
 
 
 @overlay

