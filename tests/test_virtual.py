@@ -172,11 +172,8 @@ BUILDERS = {
 
 def drawn(tuned, seed=5):
     """The tree with large trained values."""
-    flat = pj.extract(tuned)
-    keys = jax.random.split(jax.random.key(seed), len(flat))
-    return pj.insert(
-        tuned, {k: jax.random.normal(key, x.shape, jnp.float32) for key, (k, x) in zip(keys, flat.items())}
-    )
+    rng = np.random.default_rng(seed)
+    return pj.insert(tuned, {k: rng.standard_normal(x.shape).astype(np.float32) for k, x in pj.extract(tuned).items()})
 
 
 def prefixes_of(tuned, bias):
@@ -275,7 +272,8 @@ def test_the_laws_of_trees(kind, name, tmp_path):
     outs += [run(t) for t in (drawn(fresh, 6), pj.scale(tuned, 0.5), pj.disable(tuned))]
     assert len(traces) == before and all((outs[0] != out).any() for out in outs[1:])
     trainable, frozen = pj.partition(tuned)
-    grads = jax.grad(lambda t: (apply(pj.combine(t, frozen), input_ids=IDS, attention_mask=MASK) ** 2).sum())(trainable)
+    total = lambda t: (apply(pj.combine(t, frozen), input_ids=IDS, attention_mask=MASK) ** 2).sum()
+    grads = jax.jit(jax.grad(total))(trainable)
     assert all(bool(g.any()) for g in jax.tree.leaves(grads))
     tx = pj.train_only(optax.sgd(0.1), tuned)
     everywhere = pj.combine(grads, jax.tree.map(jnp.ones_like, frozen))
@@ -801,7 +799,7 @@ def test_models_of_the_zoo(name, kind, monkeypatch):
     apply, tuned = pj.attach(method, call, params, *args, key=KEY, tokens=options)
     tuned = drawn(tuned)
     got = apply(tuned, *args)
-    bare = call(params, *args)
+    bare = jax.jit(call)(params, *args)
     assert got.shape == bare.shape and bool((got != bare).any())
     np.testing.assert_allclose(apply(pj.disable(tuned), *args), bare, atol=1e-5)
     if kind == "prefix":
