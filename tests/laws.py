@@ -101,17 +101,17 @@ def _no_norm(model: Model) -> str | None:
 
 
 def _no_head(model: Model) -> str | None:
-    found = any(role.head for role in _base(model.name)[2].values())
+    found = any(role.head for role in _roles(model.name).values())
     return None if found else "head: the model has no output head"
 
 
 def _no_layer(model: Model) -> str | None:
-    found = any(role.op in ("linear", "conv") for role in _base(model.name)[2].values())
+    found = any(role.op in ("linear", "conv") for role in _roles(model.name).values())
     return None if found else "last_layers: n=1, and the model has 0 layers"
 
 
 def _lacks_biases(model: Model) -> str | None:
-    roles, params = _base(model.name)[2], _example(model.name).params
+    roles, params = _roles(model.name), _example(model.name).params
     chosen = choose(model.targets, params, roles, kernels=True)
     own = [roles[p].bias for p in chosen]
     kept = [b and roles[b].kernel == p and roles[b].follows is not None for b, p in zip(own, chosen)]
@@ -436,12 +436,17 @@ def _example(model: str) -> Any:
     return MODELS[model].make()
 
 
+@functools.lru_cache(maxsize=None)
+def _roles(model: str) -> pj.Roles:
+    fn, args = arrays_only(_example(model))
+    return pj.roles(fn, _example(model).params, *args)
+
+
 @functools.lru_cache(maxsize=8)
 def _base(model: str) -> Any:
-    example = _example(model)
-    fn, args = arrays_only(example)
+    fn, args = arrays_only(_example(model))
     plain = jit(lambda params, *args: outputs(MODELS[model], fn(params, *args)), MODELS[model])
-    return fn, args, pj.roles(fn, example.params, *args), plain
+    return fn, args, _roles(model), plain
 
 
 @functools.lru_cache(maxsize=4)

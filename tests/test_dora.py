@@ -212,6 +212,7 @@ def test_a_step_of_a_scanned_bert_costs_little_more_than_loras():
     assert dora <= 1.15 * lora
 
 
+@pytest.mark.full
 @pytest.mark.third_party
 def test_a_step_of_bert_costs_little_more_than_loras():
     made = steps(("lora", "dora"))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from covers import covered
 
 import peftjax as pj
 
@@ -51,8 +52,7 @@ def haiku():
 METHODS = [pj.lora(rank=2), pj.chain(pj.ia3(targets="all-linear"), pj.layer_norm())]
 
 
-@pytest.mark.parametrize("method", METHODS, ids=["lora", "ia3 and norms"])
-@pytest.mark.parametrize("framework", [equinox, haiku])
+@pytest.mark.parametrize("framework, method", covered([equinox, haiku], METHODS))
 def test_models_of_other_frameworks(framework, method, tmp_path):
     (fn, params), x = framework(), jax.random.normal(jax.random.key(1), (4, 3, 6))
     report = pj.check(method, fn, params, x)

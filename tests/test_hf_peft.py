@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import peftjax as pj
 import pytest
+from covers import some
 from peftjax.interop import hf_peft
 from safetensors.numpy import load_file, save_file
 
@@ -65,7 +66,7 @@ def test_writes_back_what_it_read(model, adapter, tmp_path):
 SCALED = [case for case in WRITTEN if case[1] not in golden.SOFT]
 
 
-@pytest.mark.parametrize("model,adapter", SCALED)
+@pytest.mark.parametrize("model,adapter", some(SCALED, 2))
 def test_a_scaled_tree_is_written_as_it_acts(model, adapter, tmp_path):
     """What a file cannot say is folded into its tensors, or refused."""
     fn, params, roles, ids, masks = golden.model(model)

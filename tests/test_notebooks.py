@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import nbformat
 import pytest
+from covers import some
 from nbclient import NotebookClient
 from test_experiments import place  # noqa: F401
 
@@ -88,7 +89,7 @@ def settled(name, cwd, repository):
     return subprocess.run([sys.executable, "-c", script], cwd=cwd, env=clean(), capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("name", ["quickstart", "sharded"])
+@pytest.mark.parametrize("name", some(["quickstart", "sharded"], 2))
 def test_where_the_repository_is_not_it_is_cloned_once(name, tmp_path):
     """As in Colab, and after a restart of its kernel, beside a folder called as the package."""
     source, here = tmp_path / "source", tmp_path / "content"

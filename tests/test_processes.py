@@ -248,6 +248,7 @@ def by_slurm(index, n, port, out):
         out.put((index, str(error)))
 
 
+@pytest.mark.full
 def test_the_roll_is_called_under_slurm_too():
     port = free_port_above(2**16 - 2**12)
     found = run(by_slurm, [(k, 4, port) for k in (0, 1, 3)])
@@ -279,6 +280,7 @@ def on_tpu(index, out):
             out.put((index, str(error)))
 
 
+@pytest.mark.full
 def test_the_roll_is_called_on_cloud_tpu_too():
     found = run(on_tpu, [(k,) for k in (0, 2)])
     assert set(found.values()) == {"of 3 processes, 1 did not join at localhost:8482 within 3 s"}

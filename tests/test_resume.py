@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from covers import some
 from rich.console import Console
 
 import peftjax as pj
@@ -165,6 +164,8 @@ def killed_and_restarted(folder, whole, kills, epochs):
     goes_on_to(whole, folder, epochs=epochs)
     left = [x.name for x in (folder / "runs").iterdir()]
     assert all(name.isdigit() for name in left), left
+    goes_on_to(whole, folder, epochs=epochs)
+    assert not (folder / "seen").stat().st_size  # it had ended: nothing is done again
 
 
 def test_killed_at_any_moment_it_goes_on_bit_by_bit(whole, tmp_path):
@@ -188,7 +189,8 @@ def test_sigterm_saves_and_ends_the_run(whole, tmp_path):
     goes_on_to(whole, tmp_path)
 
 
-@pytest.mark.parametrize("epoch", some([EPOCHS, 1], 2))
+@pytest.mark.full
+@pytest.mark.parametrize("epoch", [EPOCHS, 1])
 def test_sigterm_during_validation_saves_and_ends_the_run(epoch, whole, tmp_path):
     """After the batch in hand, of 0.2 s, not after all of them; and the epoch is judged when the run goes on."""
     process = started(tmp_path, steps=epoch * STEPS, judging=epoch * STEPS)
@@ -215,12 +217,6 @@ def test_a_full_disk_leaves_the_checkpoint_before(whole, tmp_path):
     with Runs(tmp_path / "runs", METHOD) as runs:
         assert runs.numbers == before
     goes_on_to(whole, tmp_path)
-
-
-def test_nothing_is_done_again_when_a_run_has_ended(whole, tmp_path):
-    for steps in (STEPS * EPOCHS, 0):
-        goes_on_to(whole, tmp_path)
-        assert (tmp_path / "seen").stat().st_size == steps
 
 
 def test_sigterm_without_checkpoints_is_left_alone():

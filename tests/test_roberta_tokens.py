@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import peftjax as pj
 import pytest
+from covers import covered
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.third_party
@@ -81,8 +82,7 @@ def test_the_model_by_hand_is_the_model(kind):
     close(by_hand(params, words(params, ids), mask, placed(mask), NOTHING), fn(params, ids, mask, placed(mask)))
 
 
-@pytest.mark.parametrize("shift", [None, True])
-@pytest.mark.parametrize("kind", golden.MASKS)
+@pytest.mark.parametrize("kind, shift", covered(list(golden.MASKS), [None, True]))
 def test_a_prefix_is_real_keys_and_values(kind, shift):
     """Positions stay by default; with `shift=True` they begin at 2 + N."""
     fn, params, _, ids, masks = golden.model("roberta")
@@ -98,8 +98,7 @@ def test_a_prefix_is_real_keys_and_values(kind, shift):
         close(pj.wrap_tokens(fn, **NAMES)(tuned, ids, mask), want)  # with positions that the model makes itself
 
 
-@pytest.mark.parametrize("side", ["first", "last"])
-@pytest.mark.parametrize("kind", golden.MASKS)
+@pytest.mark.parametrize("kind, side", covered(list(golden.MASKS), ["first", "last"]))
 def test_a_prompt_is_real_embeddings(kind, side):
     """First, its positions are 2, 3, ... and x's follow; last, x's stay, and its own go on from the last of them."""
     fn, params, _, ids, masks = golden.model("roberta")
