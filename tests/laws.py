@@ -3,8 +3,9 @@
     law_2("lora", "linen_dense")            # raises where the law is broken
     python tests/laws.py [--write] [--models=A,B] [METHOD ...]   # all or some; dated, in `laws_jax_*.md`
 
-Errors are max|difference| / max|reference|, at most 1e-5 in float32 and 2e-2 in bfloat16, against a float32 oracle; the
-trained fields are moved away from where they start, and no scale is 1.
+Errors are max|difference| / max|reference|, at most 1e-5 in float32 and 2e-2 in bfloat16, against a float32 oracle
+(gradients of a model that casts to bfloat16 itself: 4e-2); the trained fields are moved away from where they start, and
+no scale is 1.
 """
 
 from __future__ import annotations
@@ -588,16 +589,19 @@ def law_2(method: str, model: str) -> None:
 
 def law_3(method: str, model: str) -> None:
     """Values, and the gradient of every trained field, are those of dense arrays written by hand."""
-    it = case(method, model)
+    it, example = case(method, model), _example(model)
+    fn = it.fn if example.wide is None else arrays_only(example._replace(fn=example.wide))[0]
     with _usual_promotion():
-        dense = jit(stepping(it.model, lambda t, f, *args: it.fn(oracle(pj.combine(t, f)), *args)), it.model)
+        dense = jit(stepping(it.model, lambda t, f, *args: fn(oracle(pj.combine(t, f)), *args)), it.model)
         want, want_grads = dense(*pj.partition(it.tuned), *map(widened, it.args))
     found, grads = it.run(it.tuned)
     close(found, want, it.tolerance, "values")
     if (method, model) in FLAT:
         close((found, grads), (want, want_grads), it.tolerance, "gradients beside values")
     else:
-        close(grads, want_grads, it.tolerance, "gradients", CANCELS.get((method, model), 0))
+        # Of a model that computes in bfloat16, the gradients of merged weights are up to 2.9e-2 off by themselves.
+        tolerance = it.tolerance if example.wide is None else it.between
+        close(grads, want_grads, tolerance, "gradients", CANCELS.get((method, model), 0))
 
 
 def law_4(method: str, model: str) -> None:

@@ -50,6 +50,7 @@ class Example(NamedTuple):
     fn: Callable[..., Any]  # fn(params, *args): pure and jit-able
     params: Any
     args: tuple[Any, ...]  # small arrays; what is not an array is static
+    wide: Callable[..., Any] | None = None  # `fn` in float32, where it computes in another type than its parameters'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -505,13 +506,16 @@ def linen_bf16_compute():
     """float32 parameters, cast before they are used; the table too."""
 
     class Mixed(nn.Module):
+        dtype: Any = jnp.bfloat16
+
         @nn.compact
         def __call__(self, tokens):
-            x = nn.Embed(11, 8, dtype=jnp.bfloat16, name="embed")(tokens)
-            x = jnp.tanh(nn.Dense(12, dtype=jnp.bfloat16, name="up")(x))
-            return nn.Dense(6, dtype=jnp.bfloat16, name="down")(x)
+            x = nn.Embed(11, 8, dtype=self.dtype, name="embed")(tokens)
+            x = jnp.tanh(nn.Dense(12, dtype=self.dtype, name="up")(x))
+            return nn.Dense(6, dtype=self.dtype, name="down")(x)
 
-    return linen(Mixed(), ids(2, 5, vocab=11))
+    narrow, wide = (linen(Mixed(dtype), ids(2, 5, vocab=11)) for dtype in (jnp.bfloat16, jnp.float32))
+    return narrow._replace(wide=wide.fn)
 
 
 @model({"up/kernel": "io", "down/kernel": "io"}, "linen")
@@ -904,7 +908,7 @@ def float32_accumulator():
 
     def fn(p, x):
         product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
-        return product(jnp.tanh(product(x, p["w1"])).astype(jnp.bfloat16), p["w2"])
+        return product(jnp.tanh(product(x, p["w1"])).astype(x.dtype), p["w2"])
 
     return Example(fn, jax.tree.map(lambda w: shape(*w.shape, dtype=jnp.bfloat16), W1), (X.astype(jnp.bfloat16),))
 
