@@ -50,7 +50,6 @@ class Example(NamedTuple):
     fn: Callable[..., Any]  # fn(params, *args): pure and jit-able
     params: Any
     args: tuple[Any, ...]  # small arrays; what is not an array is static
-    wide: Callable[..., Any] | None = None  # `fn` in float32, where it computes in another type than its parameters'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -501,21 +500,25 @@ def linen_bf16_params():
     return linen(Mlp(param_dtype=jnp.bfloat16), X.astype(jnp.bfloat16))
 
 
+class Mixed(nn.Module):
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, tokens):
+        x = nn.Embed(11, 8, dtype=self.dtype, name="embed")(tokens)
+        x = jnp.tanh(nn.Dense(12, dtype=self.dtype, name="up")(x))
+        return nn.Dense(6, dtype=self.dtype, name="down")(x)
+
+
 @model({"up/kernel": "io", "down/kernel": "io", "embed/embedding": "io"}, "linen", "bf16", "embed")
 def linen_bf16_compute():
     """float32 parameters, cast before they are used; the table too."""
 
-    class Mixed(nn.Module):
-        dtype: Any = jnp.bfloat16
+    return linen(Mixed(jnp.bfloat16), ids(2, 5, vocab=11))
 
-        @nn.compact
-        def __call__(self, tokens):
-            x = nn.Embed(11, 8, dtype=self.dtype, name="embed")(tokens)
-            x = jnp.tanh(nn.Dense(12, dtype=self.dtype, name="up")(x))
-            return nn.Dense(6, dtype=self.dtype, name="down")(x)
 
-    narrow, wide = (linen(Mixed(dtype), ids(2, 5, vocab=11)) for dtype in (jnp.bfloat16, jnp.float32))
-    return narrow._replace(wide=wide.fn)
+# Models that cast to a narrower type than that of their parameters, as they are in float32.
+WIDE = {"linen_bf16_compute": lambda: linen(Mixed(jnp.float32), ids(2, 5, vocab=11))}
 
 
 @model({"up/kernel": "io", "down/kernel": "io"}, "linen")
