@@ -71,8 +71,7 @@ def filled(name, tuned, tensors):
 
 
 @pytest.mark.third_party
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name, kind", covered(list(MODELS), list(KINDS)))
 def test_equals_adapterhub(name, kind):
     fn, params, args = loaded(name)
     folder = GOLDEN / name / kind

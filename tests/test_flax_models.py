@@ -137,7 +137,7 @@ def stepping(apply, inputs):
 @pytest.mark.third_party
 @pytest.mark.parametrize(
     "name, method",
-    [*((name, "lora") for name in CASES), *some(AGAIN, 2), *covered(OTHERS, ("dora", "ia3", "adapter"))],
+    [*((name, "lora") for name in CASES), *some(AGAIN, 4), *covered(OTHERS, ("dora", "ia3", "adapter"))],
 )
 def test_on_models_of_transformers(name, method, clip_of_old):
     """Values are those of the merged tree, or for an adapter, of the weights that do what it does; all of it trains."""

@@ -66,7 +66,7 @@ def test_writes_back_what_it_read(model, adapter, tmp_path):
 SCALED = [case for case in WRITTEN if case[1] not in golden.SOFT]
 
 
-@pytest.mark.parametrize("model,adapter", some(SCALED, 2))
+@pytest.mark.parametrize("model,adapter", some(SCALED, 3))
 def test_a_scaled_tree_is_written_as_it_acts(model, adapter, tmp_path):
     """What a file cannot say is folded into its tensors, or refused."""
     fn, params, roles, ids, masks = golden.model(model)

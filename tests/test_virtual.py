@@ -789,8 +789,9 @@ def test_a_fused_kernel_takes_a_prefix_in_some_features(hidden):
     close(pj.wrap_tokens(fn)(tuned, IDS, MASK), want)
 
 
-@pytest.mark.parametrize("kind", ["prompt", "prefix"])
-@pytest.mark.parametrize("name", [name for name, model in MODELS.items() if "tokens" in model.tags])
+@pytest.mark.parametrize(
+    "name, kind", covered([name for name, model in MODELS.items() if "tokens" in model.tags], ["prompt", "prefix"])
+)
 def test_models_of_the_zoo(name, kind, monkeypatch):
     fn, params, args = MODELS[name].make()
     options = dict(ids="tokens", mask="mask", positions="positions")
