@@ -1,6 +1,7 @@
 """What the training scripts take alike from a page: a mesh, checkpoints to go on from, and places where a run is shown."""
 
 import contextlib
+import math
 import shutil
 from pathlib import Path
 from typing import Any, Iterator, Mapping
@@ -21,6 +22,10 @@ CHECKPOINTS = "checkpoints"  # the folder, in that of the run
 # What may change when a run goes on.
 FREE = ("out", "resume", "every", "mesh", "accumulate", "join", "timeout", "tensorboard", "profile")
 
+# What numbers of a page may be: whole ones by the least, others by the least and by what they are below.
+LEAST = {"batch": 1, "accumulate": 1, "epochs": 1, "patience": 1, "length": 1, "seed": 0, "every": 0}
+RANGES = {"dropout": (0.0, 1.0), "warmup": (0.0, 1.0), "decay": (0.0, math.inf)}
+
 
 @contextlib.contextmanager
 def script(name: str) -> Iterator[None]:
@@ -38,11 +43,20 @@ def script(name: str) -> Iterator[None]:
 
 
 def check(c: ml_collections.ConfigDict) -> None:
-    """Raises where a page has words that no run can read: what would be found after minutes is found at once.
+    """Raises where a page has values that no run can have: what would be found after minutes is found at once.
 
     Raises:
-      ValueError: another `resume` than "auto" and "no", or another `profile` than "first:end".
+      ValueError: another `resume` than "auto" and "no", another `profile` than "first:end", or a number out of its range.
     """
+    for name, least in LEAST.items():
+        if name in c and not (type(c[name]) is int and c[name] >= least):
+            raise ValueError(f"{name} {c[name]!r}; expected a whole number, {least} at least, as --config.{name}={least}")
+    for name, (least, most) in RANGES.items():
+        if name in c and not (isinstance(c[name], (int, float)) and least <= c[name] < most):
+            raise ValueError(f"{name} {c[name]!r}; expected a number from {least:g}, below {most:g}: set --config.{name}=")
+    for name, value in {"clip": c.clip, **{f"rate.{name}": rate for name, rate in c.rate.items()}}.items():
+        if not (isinstance(value, (int, float)) and value > 0):
+            raise ValueError(f"{name} {value!r}; expected a number above 0: set --config.{name}=")
     if c.resume not in ("auto", "no"):
         raise ValueError(f"resume {c.resume!r}; expected auto or no")
     if c.profile:

@@ -1,5 +1,6 @@
 """An adapter in a folder: what the overlays hold, the method that made them, and a fingerprint of their base."""
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -20,7 +21,7 @@ from peftjax.folders import replacing
 from peftjax.method import Method, from_dict
 from peftjax.overlay import Overlay, is_overlay, layers
 from peftjax.paths import flatten
-from peftjax.roles import Roles
+from peftjax.roles import Role, Roles
 from peftjax.sharding import placed
 from peftjax.tree import Entry, check_whole, entries, map_layers, map_leaves, strip
 
@@ -37,7 +38,7 @@ def save(folder: str | os.PathLike[str], tuned: Any, method: Method, roles: Role
     Args:
       folder: where to; it becomes a folder of two files, `adapter.safetensors` and `adapter.json`.
       tuned: a tree with overlays. Dropout keys are not saved.
-      method: the method whose `init` made the tree; without roles, it is checked as far as it needs none.
+      method: the method whose `init` made the tree; without roles, it is checked as far as the tree itself tells.
       roles: the roles that `init` was given, so that `load` needs none.
 
     Raises:
@@ -89,19 +90,40 @@ def _described(method: Method, tuned: Any) -> dict[str, Any]:
 
 def _check_made(tuned: Any, method: Method, roles: Roles | None, locks: Mapping[str, Any], held: Any) -> None:
     """Raises if `load` could not lay what a tree holds on what the method makes of its base."""
-    params = strip(tuned)
-    try:
+    params, types = strip(tuned), {k: jax.typeof(x) for k, x in held.items()}
+
+    def faults(roles: Roles | None) -> list[str]:
         made = _begun(method, params, roles, locks, set(held))
+        return misfits({e.key: e.value for e in entries(made) if _is_held(e)}, types)
+
+    found: list[str] | None
+    try:
+        found = faults(roles)
     except ValueError as error:
-        if roles is None:  # `load` may be given the roles that the method counts on
-            return
-        raise ValueError(f"not saved: {method.name} cannot have made this tree: {error}") from error
-    shapes = {e.key: e.value for e in entries(made) if _is_held(e)}
-    if faults := misfits(shapes, {k: jax.typeof(x) for k, x in held.items()}):
+        if roles is not None:
+            raise ValueError(f"not saved: {method.name} cannot have made this tree: {error}") from error
+        found = None  # `load` may be given the roles that the method counts on
+    if roles is None and found != []:
+        with contextlib.suppress(Exception):  # of roles that say no more than axes, a method may miss anything
+            again = faults(_seen(tuned))
+            found = again if found is not None or all(x.startswith("shape") for x in again) else []
+    if found:
         raise ValueError(
             f"not saved: this tree is not what {method!r} makes of its base, so `load` could not build it; expected the "
-            "method whose `init` made it:\n  " + "\n  ".join(faults)
+            "method whose `init` made it:\n  " + "\n  ".join(found)
         )
+
+
+def _seen(tuned: Any) -> Roles:
+    """The roles of leaves as far as the overlays on them tell: which axes these have."""
+
+    def role(k: int, leaf: Any) -> Role:
+        axes = next((x.axes for x in layers(leaf) if hasattr(x, "axes")), None)
+        if axes is None:
+            return Role("unused", "o" * len(getattr(leaf, "shape", ())), k)
+        return Role("linear" if {"i", "o"} <= set(axes) else "bias", axes, k, ("dot_general",))
+
+    return Roles((path, role(k, leaf)) for k, (path, leaf) in enumerate(flatten(tuned)))
 
 
 def load(folder: str | os.PathLike[str], params: Any, roles: Roles | None = None, method: Method | None = None) -> Any:
@@ -117,8 +139,8 @@ def load(folder: str | os.PathLike[str], params: Any, roles: Roles | None = None
       The tuned tree, on the buffers of `params`; the overlays' fields lie as their bases do.
 
     Raises:
-      ValueError: names what is wrong: a file missing, damaged or of another format, another method, another base (with
-        the first leaves that differ), or arrays that do not fit.
+      ValueError: names what is wrong: parameters with overlays, a file missing, damaged or of another format, another
+        method, another base (with the first leaves that differ), or arrays that do not fit.
 
     Example:
       >>> import jax.numpy as jnp, peftjax as pj
@@ -127,6 +149,10 @@ def load(folder: str | os.PathLike[str], params: Any, roles: Roles | None = None
       ...
       ValueError: nowhere: no adapter.json; expected a folder that `save` wrote
     """
+    if on := [path for path, leaf in flatten(params) if is_overlay(leaf)]:
+        raise ValueError(
+            f"{on[0]} holds an overlay already: expected the plain parameters, such as `strip(tuned)` or `merge(tuned)`"
+        )
     folder = Path(folder)
     page = _page(folder)
     found = _method(page, method, folder)

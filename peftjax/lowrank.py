@@ -82,6 +82,12 @@ def limited(name: str, leaf: Leaf, uses: Sequence[str] | None) -> tuple[str, ...
     return tuple(uses)
 
 
+def rank_of(factor: Any, labels: Sequence[Any]) -> str:
+    """What a repr says of a factor with these labels, also of one layer's, as a scan cuts it from its stack."""
+    at = labels.index("rank") - len(labels)
+    return f"rank={factor.shape[at]}" if len(getattr(factor, "shape", ())) >= -at else ""
+
+
 Started = tuple[Any, Any, bool]
 
 

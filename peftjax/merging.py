@@ -38,8 +38,8 @@ def merge(tuned: Any, report: bool = False) -> Any:
       A plain tree; with `report`, `(tree, {path: Rounding})`. Leaves without an overlay are the same arrays.
 
     Raises:
-      ValueError: the tree is one part of `partition`, no weight can say what an overlay does, or an array, the base's
-        too, holds a NaN or an infinity; a sum is beyond what the base's dtype holds.
+      ValueError: the tree is one part of `partition`, no weight can say what an overlay does, or an overlay, or its
+        base, holds a NaN or an infinity; a sum is beyond what the base's dtype holds. Other leaves are not looked at.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj

@@ -287,6 +287,10 @@ def _leaf(path: str, value: Any, roles: Roles | None, key: jax.Array) -> Leaf:
         raise ValueError(f"{path} is not among the roles; they were taken of another tree")
     if role is not None and role.op == "unused":
         raise ValueError(f"{path} is never used by the model: what would train there could change nothing")
+    if role is not None and len(role.axes) != len(kind.shape):
+        raise ValueError(
+            f"{path} is {kind.str_short()}, and the roles say axes {role.axes!r}; expected the roles of this very tree"
+        )
     if role is None and len(kind.shape) > 2:
         raise ValueError(
             f"{path} has {len(kind.shape)} axes, and only roles can tell inputs from outputs; pass `roles=`"

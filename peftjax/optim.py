@@ -1,6 +1,7 @@
 """optax for tuned trees: training loops over the full tree, and a learning rate for each group of fields."""
 
 import dataclasses
+import math
 import re
 from typing import Any, Callable, Mapping
 
@@ -159,7 +160,7 @@ def lora_plus(
       A transform over the full tree or its trainable part.
 
     Raises:
-      ValueError: no trained field is fast, or all are.
+      ValueError: no trained field is fast, or all are; a ratio of 0 or below, or that is not finite.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, peftjax as pj
@@ -173,6 +174,8 @@ def lora_plus(
 
     Reference: Hayou et al. 2024, arXiv 2402.12354.
     """
+    if not 0 < ratio < math.inf:
+        raise ValueError(f"lora_plus: ratio={ratio}; expected a number above 0")
     transforms = {fast: optimizer(_times(learning_rate, ratio)), ".*": optimizer(learning_rate)}
     return _grouped(tuned, transforms, lambda e: (e.key,))
 

@@ -54,6 +54,13 @@ class Role:
             where the bias is added to something else too.
         rotary: of a kernel, whether entries of its output are added to each other, as rotary positions do.
         bent: of a kernel, whether something happens to its output that is not linear before it is contracted again.
+
+    Example:
+        >>> import jax.numpy as jnp, peftjax as pj
+        >>> fn = lambda params, x: x @ params["w"] + params["b"][None]
+        >>> role = pj.roles(fn, {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}, jnp.ones((1, 3)))["w"]
+        >>> role.op, role.axes, role.bias
+        ('linear', 'io', 'b')
     """
 
     op: str

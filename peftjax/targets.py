@@ -36,13 +36,15 @@ def choose(
         roles: what `peftjax.roles` found. Without it, "all-linear" is every leaf of two axes not named an embedding.
         exclude: leaves to leave out, in the same forms; wins over `targets`.
         taken: paths that something else trains already.
-        kernels: whether only kernels are wanted: a module's name then stands for its kernel, not for its bias too.
+        kernels: whether only kernels are wanted: a module's name then stands for its kernel, not for its bias too, and
+            a pattern passes over what the model never uses, if it matches more than that.
 
     Returns:
         The paths.
 
     Raises:
-        ValueError: a pattern or a name that matches nothing, or no kernel where `kernels` wants one; nothing is left.
+        ValueError: a pattern or a name that matches nothing, or no kernel where `kernels` wants one; nothing is left;
+            without roles, "all-linear" of a tree with a leaf of more than two axes.
 
     Example:
         >>> import jax.numpy as jnp
@@ -58,12 +60,22 @@ def choose(
     able = [path for path in types if not kernels or is_kernel(types[path], known.get(path))]
     if targets == ALL_LINEAR:
         found = {path for path in types if _is_linear(path, types[path], known.get(path))} - set(taken)
+        out = _named(exclude, list(types), list(types), known)
+        if roles is None and (wide := [path for path in types if _is_wide(path, types[path]) and path not in out]):
+            raise ValueError(
+                f"{wide[0]} has {len(types[wide[0]].shape)} axes, and only roles can tell inputs from outputs; pass "
+                "`roles=peftjax.roles(fn, params, batch)`, name 2-axis kernels in `targets`, or `exclude` it"
+            )
     else:
         found = _named(targets, list(types), able, known)
     left = found - _named(exclude, list(types), list(types), known)
     if not left:
         raise ValueError(_nothing(targets, exclude, taken, found, known))
     return [path for path in types if path in left]
+
+
+def _is_wide(path: str, kind: Any) -> bool:
+    return len(kind.shape) > 2 and jnp.issubdtype(kind.dtype, jnp.floating) and "embed" not in path.rpartition("/")[2]
 
 
 def _is_linear(path: str, kind: Any, role: Role | None) -> bool:

@@ -122,6 +122,10 @@ def test_refuses_other_models(drawn, tmp_path):
     write(tmp_path / "model", {}, position_embedding_type="relative_key")
     with pytest.raises(ValueError, match="relative_key"):
         load(tmp_path / "model")
+    for name, wrong in (("hidden_size", "16"), ("num_attention_heads", 0), ("intermediate_size", 2.5)):
+        (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "bert", **SIZES, name: wrong}))
+        with pytest.raises(ValueError, match=f"config.json: {name} {wrong!r}; expected a whole number, 1 at least"):
+            load(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"short")
     (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "bert", **SIZES}))
     with pytest.raises(ValueError, match="model.safetensors is damaged"):

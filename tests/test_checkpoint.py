@@ -18,9 +18,12 @@ from peftjax.checkpoint import ARRAYS, FORMAT, PAGE, load, save
 from peftjax.fingerprint import fingerprint
 from peftjax.flat import extract, insert
 from peftjax.method import chain
+from peftjax.methods.dora import dora
 from peftjax.methods.lora import lora
+from peftjax.methods.selective import full, head
 from peftjax.methods.unfreeze import unfreeze
-from peftjax.roles import Role, Roles
+from peftjax.methods.vera import vera
+from peftjax.roles import Role, Roles, roles
 from peftjax.switches import lock, scale, with_key
 from peftjax.tree import combine, partition, strip
 
@@ -285,3 +288,41 @@ def test_targets_by_a_function_are_named_where_they_cannot_be_saved(tmp_path):
     method = lora(rank=2, targets=str(caught.value).rpartition("targets='")[2][:-1])
     save(tmp_path / "x", tuned, method)
     assert_same(load(tmp_path / "x", params()), tuned)
+
+
+class Attention(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return nn.Dense(5, name="head")(nn.MultiHeadDotProductAttention(2, name="attention")(x, x))
+
+
+SOME = [lora(rank=2), dora(rank=2), vera(rank=3), chain(lora(rank=2), head()), full(), lora(rank=2, bias=True)]
+
+
+@pytest.mark.third_party
+@pytest.mark.parametrize("method", SOME, ids=lambda method: f"{method.name}{len(method.options)}")
+def test_a_tree_that_roles_made_is_saved_without_them(method: Any, tmp_path: Any) -> None:
+    """The head is no target, biases have two axes and kernels three: the method by itself would have chosen others."""
+    x, model = jnp.ones((2, 4, 6)), Attention()
+    tree = jax.jit(model.init)(jax.random.key(0), x)["params"]
+    found = roles(lambda p, x: model.apply({"params": p}, x), tree, x)
+    tuned = method.init(jax.random.key(1), tree, found)
+    save(tmp_path / "x", tuned, method)
+    assert_same(load(tmp_path / "x", tree, found), tuned)
+    with pytest.raises(ValueError, match="holds an overlay already: expected the plain parameters"):
+        load(tmp_path / "x", tuned)
+
+
+def test_without_roles_another_rank_is_not_saved(tmp_path: Any) -> None:
+    x, model = jnp.ones((2, 4, 6)), Attention()
+    tree = jax.jit(model.init)(jax.random.key(0), x)["params"]
+    tuned = lora(rank=2).init(jax.random.key(1), tree, roles(lambda p, x: model.apply({"params": p}, x), tree, x))
+    with pytest.raises(ValueError, match=r"attention/key/kernel/a is \(6, 2\), expected \(6, 3\)"):
+        save(tmp_path / "x", tuned, lora(rank=3))
+    assert not (tmp_path / "x").exists()
+
+
+def test_roles_of_another_tree_are_refused() -> None:
+    other = Roles({"w": Role("linear", "io", 0)})
+    with pytest.raises(ValueError, match=r"w is float32\[4,4,4\], and the roles say axes 'io'; expected the roles of this"):
+        lora(rank=2).init(jax.random.key(0), {"w": jnp.ones((4, 4, 4))}, other)

@@ -29,6 +29,14 @@ def test_public_names_are_documented(name):
             assert value.__doc__, f"{name}.{key}"
 
 
+SURFACE = [name for name in dir(pj) if getattr(getattr(pj, name), "__module__", "").startswith("peftjax.")]
+
+
+@pytest.mark.parametrize("name", SURFACE)
+def test_the_surface_has_examples(name):
+    assert ">>>" in getattr(pj, name).__doc__
+
+
 def test_the_surface():
     assert {"attach", "check", "lora", "save", "load", "train_only", "lora_plus"} <= set(dir(pj))
     with pytest.raises(AttributeError, match="no attribute 'lorra'"):

@@ -341,6 +341,35 @@ def test_overlays_have_a_short_repr():
     assert len(repr(jax.tree.map(lambda x: None, tuned))) < 80
 
 
+@pytest.mark.parametrize("method", ["lora", "dora", "loha", "adalora", "unfreeze"])
+def test_a_stack_that_reaches_the_bare_model_says_so(method):
+    """A scan cuts the overlay's fields as it cuts arrays: what is left still says what it is."""
+    it = case(method, "linen_scan")
+    with pytest.raises(TypeError, match="reached code that expects an array.*without `peftjax.wrap`"):
+        it.fn(it.tuned, *it.args)
+
+
+AUTO = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lax.optimization_barrier,
+        jnp.copy,
+        functools.partial(checkpoint_name, name="w"),
+        lambda w: lax.with_sharding_constraint(w, NamedSharding(AUTO, PartitionSpec("x"))),
+    ],
+)
+@pytest.mark.parametrize("method", [pj.lora(rank=2, alpha=6), pj.dora(rank=2, alpha=6)])
+def test_what_leaves_a_weight_as_it_is_merges_nothing(method, view):
+    fn = lambda params, x: jnp.tanh(x @ view(params["w"]))
+    tuned = moved(method.init(KEY, W), 0)
+    assert not pj.explain(fn, tuned, X).merged
+    got, want = jax.jit(pj.wrap(fn))(tuned, X), fn(pj.merge(tuned), X)
+    np.testing.assert_allclose(np.asarray(got), np.asarray(want), atol=1e-5)
+
+
 # Some uses only
 
 

@@ -37,13 +37,13 @@ def test_the_first_table_is_of_the_committed_rows():
 class Model(nn.Module):
     @nn.compact
     def __call__(self, x):
-        return nn.Dense(1, name="down")(nn.relu(nn.Dense(16, name="up")(x)))
+        return nn.Dense(12, name="down")(nn.relu(nn.Dense(16, name="up")(x)))
 
 
 class NNXModel(nnx.Module):
     def __init__(self, rngs):
         self.up = nnx.Linear(16, 16, rngs=rngs)
-        self.down = nnx.Linear(16, 1, rngs=rngs)
+        self.down = nnx.Linear(16, 12, rngs=rngs)
 
     def __call__(self, x):
         return self.down(nnx.relu(self.up(x)))

@@ -39,6 +39,14 @@ def test_all_linear_takes_convolutions_and_no_vector():
     assert choose("all-linear", params, roles) == ["conv", "w"]
 
 
+def test_all_linear_without_roles_asks_for_them_where_axes_are_unclear():
+    """Attention's kernels have three axes, and their biases two: by their number they would be mistaken."""
+    params = {"query": {"kernel": jnp.ones((4, 2, 3)), "bias": jnp.ones((2, 3))}, "out": jnp.ones((6, 4))}
+    with pytest.raises(ValueError, match="query/kernel has 3 axes, and only roles can tell inputs from outputs; pass `roles="):
+        choose("all-linear", params)
+    assert choose("all-linear", params, exclude=".*query.*") == ["out"]
+
+
 def test_all_linear_without_roles_is_every_matrix_but_embeddings():
     assert choose("all-linear", PARAMS) == ["head/kernel", *KERNELS]
 

@@ -50,6 +50,10 @@ class Config:
     attention_probs_dropout_prob: float = 0.1
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            size = getattr(self, field.name)
+            if field.type is int and not (type(size) is int and size > 0):
+                raise ValueError(f"{field.name} {size!r}; expected a whole number, 1 at least")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is no multiple of {self.num_attention_heads} heads")
         if self.hidden_act not in ACTIVATIONS:
@@ -74,7 +78,10 @@ def read_config(path: str | Path) -> Config:
     needed = {f.name: f.default is dataclasses.MISSING for f in dataclasses.fields(Config)}
     if missing := [name for name in needed if needed[name] and name not in page]:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
-    return Config(**{name: page[name] for name in needed if name in page})
+    try:
+        return Config(**{name: page[name] for name in needed if name in page})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 class Embeddings(nn.Module):

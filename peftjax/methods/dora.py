@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from peftjax.factored import Factor, Term, chain, scaled
-from peftjax.lowrank import FACTORED, INITS, checked, layered, replaced, started
+from peftjax.lowrank import FACTORED, INITS, checked, layered, rank_of, replaced, started
 from peftjax.method import Leaf, Method, check_known, method, per_leaf
 from peftjax.norms import changed_norm, norm
 from peftjax.overlay import Overlay, atoms, frozen, is_overlay, overlay, static, trained
@@ -79,7 +79,7 @@ class DoRA(Overlay):
 
     def summary(self) -> str:
         """Its rank."""
-        return f"rank={self.a.shape[self.labels()['a'].index('rank')]}" if hasattr(self.a, "shape") else ""
+        return rank_of(self.a, self.labels()["a"])
 
 
 @method

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from peftjax.factored import Factor, Term
-from peftjax.lowrank import checked, layered, replaced
+from peftjax.lowrank import checked, layered, rank_of, replaced
 from peftjax.method import Leaf, Method, method, per_leaf
 from peftjax.overlay import Overlay, atoms, frozen, overlay, static, trained
 from peftjax.targets import Targets
@@ -45,7 +45,7 @@ class LoHa(Overlay):
 
     def summary(self) -> str:
         """Its rank."""
-        return f"rank={self.w1a.shape[self.labels()['w1a'].index('rank')]}" if hasattr(self.w1a, "shape") else ""
+        return rank_of(self.w1a, self.labels()["w1a"])
 
 
 @method

@@ -8,7 +8,7 @@ from typing import Any, Mapping, Sequence
 import jax.numpy as jnp
 
 from peftjax.factored import Factor, Term
-from peftjax.lowrank import FACTORED, INITS, checked, layered, limited, replaced, started
+from peftjax.lowrank import FACTORED, INITS, checked, layered, limited, rank_of, replaced, started
 from peftjax.method import Leaf, Method, check_known, chosen_leaves, laid, method, per_leaf
 from peftjax.overlay import Overlay, atoms, frozen, overlay, static, trained
 from peftjax.roles import Roles
@@ -57,7 +57,7 @@ class LoRA(Overlay):
 
     def summary(self) -> str:
         """Its rank."""
-        return f"rank={self.a.shape[self.labels()['a'].index('rank')]}" if hasattr(self.a, "shape") else ""
+        return rank_of(self.a, self.labels()["a"])
 
 
 @overlay
