@@ -114,7 +114,7 @@ def run(c: ml_collections.ConfigDict, console: Console) -> list[dict[str, Any]]:
     results = report.finished(found, "method", console)
     console.print(comparison.table(results))
     places = comparison.write(results, Path(c.out))
-    console.print(f"{len(results)} runs are in {ledger.path}; {', '.join(map(str, places))}")
+    console.print(f"{len(results)} runs are in {ledger.path}; {', '.join(map(str, places))}", soft_wrap=True)
     return results
 
 

@@ -79,7 +79,7 @@ def run(c: ml_collections.ConfigDict, console: Console) -> list[Result]:
     record.append(Path(c.out) / "results.jsonl", c.to_dict(), _numbers(results, fitted.trained))
     console.print(display.table(results, len(test)))
     progress = fitted.trained.progress
-    console.print(f"best epoch {progress.best} of {len(progress.scores)}; the adapter is in {folder}")
+    console.print(f"best epoch {progress.best} of {len(progress.scores)}; the adapter is in {folder}", soft_wrap=True)
     return results
 
 

@@ -63,7 +63,7 @@ def run(c: ml_collections.ConfigDict, console: Console) -> list[dict[str, Any]]:
     results = report.finished(found, "strategy", console)
     console.print(report.table(results))
     picture = report.plot(results, path.with_suffix(".png"))
-    console.print(f"{len(results)} runs are in {path}, and a plot of them in {picture}")
+    console.print(f"{len(results)} runs are in {path}, and a plot of them in {picture}", soft_wrap=True)
     return results
 
 

@@ -153,7 +153,7 @@ def run(c: ml_collections.ConfigDict, console: Console) -> dict[str, Any]:
     others = {method: x for method, x in before.items() if method not in listed(c.methods)}
     record.replace(path, json.dumps({"version": VERSION, **origin(c), "methods": {**others, **best}}, indent=1) + "\n")
     console.print(table(best))
-    console.print(f"the winners are in {path}")
+    console.print(f"the winners are in {path}", soft_wrap=True)
     return best
 
 
