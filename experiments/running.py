@@ -55,7 +55,7 @@ def check(c: ml_collections.ConfigDict) -> None:
         if name in c and not (isinstance(c[name], (int, float)) and least <= c[name] < most):
             raise ValueError(f"{name} {c[name]!r}; expected a number from {least:g}, below {most:g}: set --config.{name}=")
     for name, value in {"clip": c.clip, **{f"rate.{name}": rate for name, rate in c.rate.items()}}.items():
-        if not (isinstance(value, (int, float)) and value > 0):
+        if not (isinstance(value, (int, float)) and value > 0 and (value < math.inf or name == "clip")):
             raise ValueError(f"{name} {value!r}; expected a number above 0: set --config.{name}=")
     if c.resume not in ("auto", "no"):
         raise ValueError(f"resume {c.resume!r}; expected auto or no")

@@ -156,7 +156,7 @@ def test_every_method_with_a_size_can_be_swept_by_flags():
 def test_a_method_that_came_to_no_end_has_no_winner_of_before(place, tmp_path):  # noqa: F811
     c = tiny(sweeping.get_config(), place, methods=("lora",), rows=96, epochs=1, seeds=(0,), out=str(tmp_path))
     with c.unlocked():
-        c.rates.lora, c.sizes.lora = (float("nan"),), ()
+        c.rates.lora, c.sizes.lora = (1e38,), ()
     before = {"lora": {"rate": 1e-3, "size": 8}, "head": {"rate": 1e-2, "size": None}}
     path = tmp_path / "winners.json"
     path.write_text(json.dumps({"version": sweep.VERSION, **sweep.origin(c), "methods": before}))
@@ -360,7 +360,7 @@ def test_runs_that_come_to_no_end_are_left_out(place, tmp_path):  # noqa: F811
     """Those behind them are done; scratch begins without pretraining; of one seed there is no deviation."""
     small = {"methods": ("lora", "scratch"), "baselines": ("words",), "rows": (32, 64), "passes": (3,), "seeds": (0, 0)}
     c = tiny(comparing.get_config(), place, winners="", **small)
-    c.rate.lora = float("nan")
+    c.rate.lora = 1e38
     c.update({"out": str(tmp_path)})
     results, said = printed(compare.run, c)
     assert [(one["method"], one["rows"]) for one in results] == [(m, n) for n in (32, 64) for m in ("words", "scratch")]

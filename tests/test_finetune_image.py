@@ -635,7 +635,7 @@ def test_an_image_that_cannot_be_read_is_named(damage, kind, two):
 def test_a_run_that_comes_to_no_end_is_left_out(folder, tmp_path):
     """And the one behind it is done."""
     c = configured(folder, tmp_path, strategies=("last", "probe"), steps=8, checks=1)
-    c.rate.last = float("nan")
+    c.rate.last = 1e38
     console = Console(file=io.StringIO(), width=200)
     rows = finetune_image.run(c, console)
     assert [row["strategy"] for row in rows] == ["probe"]
