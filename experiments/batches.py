@@ -1,7 +1,7 @@
 """Token ids in batches of a few lengths, as numpy arrays."""
 
 import dataclasses
-from typing import Mapping, Sequence
+from typing import Any, Mapping, Sequence
 
 import grain
 import numpy as np
@@ -63,7 +63,7 @@ def batches(
         raise ValueError(f"a batch of {size} examples: expected a multiple of {share[1]}, the number of processes")
     plan = _plan(lengths_of(ids), size, widths, None if seed is None else np.random.default_rng(seed))
     part = _part(size, share)
-    return grain.MapDataset.source(plan).map(lambda chosen: _batch(ids, columns, size, *chosen, part))
+    return grain.MapDataset.source(plan).map(lambda chosen: _batch(ids, columns, size, chosen[0], chosen[1], part))
 
 
 def one_of_each(
@@ -130,7 +130,7 @@ def taken(column: np.ndarray | PerToken, index: np.ndarray, width: int) -> np.nd
     return column[index]
 
 
-def padded(rows: Sequence[Sequence[int]], width: int, fill: int) -> np.ndarray:
+def padded(rows: Sequence[Any], width: int, fill: int) -> np.ndarray:
     """The rows, (len(rows), width) int32, each filled up at its end."""
     made = np.full((len(rows), width), fill, np.int32)
     for own, row in zip(made, rows):

@@ -12,7 +12,7 @@ import functools
 import itertools
 import sys
 from pathlib import Path
-from typing import Any, Iterable, Mapping
+from typing import Any, Callable, Iterable, Mapping
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -43,7 +43,7 @@ FREE = (
     "tensorboard",
     "profile",
 )
-BASELINES = {"words": baselines.words, "probe": baselines.probe}
+BASELINES: dict[str, Callable[..., Any]] = {"words": baselines.words, "probe": baselines.probe}
 QUICK = {
     "methods": ("lora", "adapter", "full", "scratch"),
     "rows": (250,),
@@ -164,7 +164,8 @@ class Lab:
         self.c, self.console = c, console
         self.task, self.data = tasks.read(c)
         model = Page(c.model, c.pool, c.length, c.fixed, self.task)
-        self.model, self._tools = TextModel(model, c.dropout), {}
+        self.model = TextModel(model, c.dropout)
+        self._tools: finetune.Tools = {}
         subset(self.data.train, max(c.rows), 0)  # raises where there are fewer
 
     @functools.cached_property
@@ -234,7 +235,8 @@ def main(_: list[str]) -> None:
     with running.script("compare"):
         c = pages.read()
         if flags.FLAGS.quick:
-            quicken(c, flags.FLAGS["config"].override_values)
+            flag: Any = flags.FLAGS["config"]
+            quicken(c, flag.override_values)
         pages.refuse(unheeded(c))
         run(c, Console())
 

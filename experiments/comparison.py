@@ -161,7 +161,7 @@ def _panels(results: Sequence[Result], draw: Callable[..., None], x: str, y: str
     others = [method for method in methods if method != "scratch"]
     shown = [others, methods] if 0 < len(others) < len(methods) else [methods]
     figure = Figure(figsize=(8, 4 + 2 * len(shown)), layout="constrained")
-    panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False, height_ratios=(5, 3)[: len(shown)])[:, 0]
+    panels = list(figure.subplots(len(shown), 1, sharex=True, squeeze=False, height_ratios=(5, 3)[: len(shown)])[:, 0])
     for axis, some in zip(panels, shown):
         for method in some:
             draw(axis, method, **style(methods.index(method)))

@@ -30,11 +30,11 @@ class Rows:
     """Texts, which may stay on the disk until they are read, and their labels.
 
     Attributes:
-      texts: strings; or words, or pairs of texts, as the task has it.
+      texts: a sequence of strings; or of words, or pairs of texts, as the task has it.
       labels: (N,): int32 from 0, float32, or an object for each text, as the task has it.
     """
 
-    texts: Sequence[Any]
+    texts: Any
     labels: np.ndarray
 
     def __len__(self) -> int:

@@ -26,11 +26,12 @@ def read(values: flags.FlagValues = flags.FLAGS) -> ml_collections.ConfigDict:
     Raises:
       ValueError: a flag of a setting that is not on the page, and is no argument of a method.
     """
-    plain, flag = flags.FlagValues(), values["config"]
+    plain = flags.FlagValues()
+    flag: Any = values["config"]
     config_flags.DEFINE_config_file("config", flag.config_filename, flag_values=plain, sys_argv=[""])
     for path, x in flag.override_values.items():
         *blocks, name = path.split(".")
-        held = plain["config"].value
+        held: Any = plain["config"].value
         for block in blocks:
             held = held[block]
         if name not in held and len(blocks) == 1 and blocks[0] in recipes.METHODS:
@@ -49,7 +50,8 @@ def refuse(replaced: Mapping[str, str], values: flags.FlagValues = flags.FLAGS) 
       replaced: settings, or blocks of them, and why they say nothing.
       values: where the flags are.
     """
-    for path in values["config"].override_values:
+    flag: Any = values["config"]
+    for path in flag.override_values:
         for name, why in replaced.items():
             if path == name or path.startswith(f"{name}."):
                 raise ValueError(f"--config.{path}= would change nothing here: {why}")

@@ -51,9 +51,9 @@ def check(c: ml_collections.ConfigDict) -> None:
     for name, least in LEAST.items():
         if name in c and not (type(c[name]) is int and c[name] >= least):
             raise ValueError(f"{name} {c[name]!r}; expected a whole number, {least} at least, as --config.{name}={least}")
-    for name, (least, most) in RANGES.items():
-        if name in c and not (isinstance(c[name], (int, float)) and least <= c[name] < most):
-            raise ValueError(f"{name} {c[name]!r}; expected a number from {least:g}, below {most:g}: set --config.{name}=")
+    for name, (low, high) in RANGES.items():
+        if name in c and not (isinstance(c[name], (int, float)) and low <= c[name] < high):
+            raise ValueError(f"{name} {c[name]!r}; expected a number from {low:g}, below {high:g}: set --config.{name}=")
     for name, value in {"clip": c.clip, **{f"rate.{name}": rate for name, rate in c.rate.items()}}.items():
         if not (isinstance(value, (int, float)) and value > 0 and (value < math.inf or name == "clip")):
             raise ValueError(f"{name} {value!r}; expected a number above 0: set --config.{name}=")

@@ -21,7 +21,7 @@ def _warm(warmup: float, steps: int) -> int:
 class Rate(NamedTuple):
     """Where a learning rate stands: scalars, so that one compiled step serves every rate and every number of steps."""
 
-    count: jax.Array
+    done: jax.Array
     rate: jax.Array
     warm: jax.Array
     steps: jax.Array
@@ -38,6 +38,6 @@ def at_rate(rate: float, warmup: float, steps: int) -> optax.GradientTransformat
         count, rate, warm, steps = state
         at = count.astype(jnp.float32)
         now = rate * jnp.clip(jnp.minimum(at / warm, (steps - at) / jnp.maximum(steps - warm, 1)), 0, 1)
-        return jax.tree.map(lambda x: -now.astype(x.dtype) * x, updates), state._replace(count=count + 1)
+        return jax.tree.map(lambda x: -now.astype(x.dtype) * x, updates), state._replace(done=count + 1)
 
     return optax.GradientTransformation(init, update)

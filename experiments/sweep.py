@@ -138,7 +138,7 @@ def run(c: ml_collections.ConfigDict, console: Console) -> dict[str, Any]:
         try:
             fitted = finetune.fit(page, model, training, rows.validation, console, tools, where)
             progress, trains = fitted.trained.progress, pj.count(fitted.tuned).trainable
-            found = {
+            found: dict[str, Any] = {
                 "value": progress.scores[progress.best - 1].value,
                 "trainable": trains,
                 "seconds": sum(progress.seconds),

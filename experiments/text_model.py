@@ -42,7 +42,8 @@ class Page:
         """Writes it into the folder of a run."""
         here = str(Path(self.model).resolve()) if is_folder(self.model) else self.model
         kind = next(name for name, made in TASKS.items() if made is type(self.task))
-        page = {**dataclasses.asdict(self), "model": here, "task": {"kind": kind, **dataclasses.asdict(self.task)}}
+        task: Any = self.task  # a dataclass, as all tasks are
+        page = {**dataclasses.asdict(self), "model": here, "task": {"kind": kind, **dataclasses.asdict(task)}}
         record.replace(folder / PAGE, json.dumps(page, indent=1) + "\n")
 
 
@@ -109,7 +110,8 @@ class TextModel:
     def features(self, params: Any, batch: Batch) -> jax.Array:
         """The encoder's features of each text, averaged over its tokens, (B, D)."""
         encoder = {name: x for name, x in params["bert"].items() if name != "pooler"}
-        return self._encoder.apply({"params": encoder}, batch["ids"], batch["mask"])[1]
+        outputs: Any = self._encoder.apply({"params": encoder}, batch["ids"], batch["mask"])
+        return outputs[1]
 
 
 def _inputs(batch: Batch) -> dict[str, Any]:

@@ -111,7 +111,7 @@ class Limits:
     failing: int = 5
 
 
-def cross_entropy(logits: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+def cross_entropy(logits: jax.Array, batch: Mapping[str, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The summed loss of the examples that count, and how many these are."""
     each = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]) * batch["weight"]
     return each.sum(), {"weight": batch["weight"].sum()}

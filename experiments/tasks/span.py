@@ -145,9 +145,12 @@ def _answers(where: str, answer: Any, context: str) -> tuple[Answer, ...]:
 
 def _of_squad(answer: Any) -> list[tuple[Any, Any]]:
     """Where answers begin, and their texts; none where it is not two lists of one length."""
-    texts, starts = (answer.get(name) if isinstance(answer, Mapping) else None for name in ("text", "answer_start"))
-    both = isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts)
-    return list(zip(starts, texts)) if both else []
+    if not isinstance(answer, Mapping):
+        return []
+    texts, starts = answer.get("text"), answer.get("answer_start")
+    if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+        return []
+    return list(zip(starts, texts))
 
 
 def _place(window: Window, answer: Answer) -> tuple[int, int]:
