@@ -35,9 +35,9 @@ def at_rate(rate: float, warmup: float, steps: int) -> optax.GradientTransformat
         return Rate(jnp.zeros((), jnp.int32), *(jnp.asarray(x, jnp.float32) for x in numbers))
 
     def update(updates: Any, state: Rate, params: Any = None) -> tuple[Any, Rate]:
-        count, rate, warm, steps = state
-        at = count.astype(jnp.float32)
+        done, rate, warm, steps = state
+        at = done.astype(jnp.float32)
         now = rate * jnp.clip(jnp.minimum(at / warm, (steps - at) / jnp.maximum(steps - warm, 1)), 0, 1)
-        return jax.tree.map(lambda x: -now.astype(x.dtype) * x, updates), state._replace(done=count + 1)
+        return jax.tree.map(lambda x: -now.astype(x.dtype) * x, updates), state._replace(done=done + 1)
 
     return optax.GradientTransformation(init, update)

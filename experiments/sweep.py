@@ -63,7 +63,7 @@ def settings(c: ml_collections.ConfigDict) -> list[Setting]:
     """
     running.check(c)
     check_numbers(c, "seeds")
-    for name, least in (("epochs", 1), ("rows", c.batch), ("tries", 0)):
+    for name, least in (("rows", c.batch), ("tries", 0)):
         if not isinstance(c[name], int) or c[name] < least:
             raise ValueError(f"{name} {c[name]!r}; expected a whole number, {least} at least")
     made: list[Setting] = []

@@ -52,10 +52,10 @@ def check(
     """Runs those laws of peftjax on a model that need nothing beside it: a smoke test, and no proof.
 
     1, where the method claims it: the tuned model equals the model before training. 2, where every overlay merges: merged
-    and tuned model are equal. 3, in part: the gradients of the sum of the outputs are
-    finite, and of each array that trains one of three is not zero; they are compared with no others. 4: `strip` gives the buffers back. 6, in part: other trained values make no new
-    program. 7, in part: `insert` undoes `extract`; nothing is saved. Beside these, that every overlay acts. Not tried are
-    5 and 8 to 12: training, chains, vmap, meshes, wrong use, what stands at a prefix's positions.
+    and tuned model are equal. 3, in part: the gradients of the sum of the outputs are finite, and of each array that trains
+    one of three is not zero; they are compared with no others. 4: `strip` gives the buffers back. 6, in part: other trained
+    values make no new program. 7, in part: `insert` undoes `extract`; nothing is saved. Beside these, that every overlay
+    acts. Not tried are 5 and 8 to 12: training, chains, vmap, meshes, wrong use, what stands at a prefix's positions.
 
     The errors are `max|difference| / max|reference|`, with trained fields moved away from their start; the tolerance is
     1e-5, and 2e-2 where the parameters hold floating point narrower than float32. Dropout is off.

@@ -17,7 +17,7 @@ from peftjax.overlay import is_overlay, layers, type_of
 from peftjax.paths import flatten, path_of
 from peftjax.roles import Role, Roles
 from peftjax.switches import still
-from peftjax.targets import Targets, check_patterns, choose
+from peftjax.targets import Targets, check_patterns, choose, needs_roles
 from peftjax.tree import resolve
 
 P = ParamSpec("P")
@@ -292,9 +292,7 @@ def _leaf(path: str, value: Any, roles: Roles | None, key: jax.Array) -> Leaf:
             f"{path} is {kind.str_short()}, and the roles say axes {role.axes!r}; expected the roles of this very tree"
         )
     if role is None and len(kind.shape) > 2:
-        raise ValueError(
-            f"{path} has {len(kind.shape)} axes, and only roles can tell inputs from outputs; pass `roles=`"
-        )
+        raise ValueError(needs_roles(path, kind))
     axes = role.axes if role is not None else {0: "", 1: "o", 2: "io"}[len(kind.shape)]
     depth = sum(1 for _ in layers(value))
     own = jax.random.fold_in(jax.random.fold_in(key, zlib.crc32(path.encode())), depth)

@@ -60,18 +60,25 @@ def choose(
     able = [path for path in types if not kernels or is_kernel(types[path], known.get(path))]
     if targets == ALL_LINEAR:
         found = {path for path in types if _is_linear(path, types[path], known.get(path))} - set(taken)
-        out = _named(exclude, list(types), list(types), known)
-        if roles is None and (wide := [path for path in types if _is_wide(path, types[path]) and path not in out]):
-            raise ValueError(
-                f"{wide[0]} has {len(types[wide[0]].shape)} axes, and only roles can tell inputs from outputs; pass "
-                "`roles=peftjax.roles(fn, params, batch)`, name 2-axis kernels in `targets`, or `exclude` it"
-            )
     else:
         found = _named(targets, list(types), able, known)
-    left = found - _named(exclude, list(types), list(types), known)
+    out = _named(exclude, list(types), list(types), known)
+    if targets == ALL_LINEAR and roles is None:
+        if wide := [path for path in types if _is_wide(path, types[path]) and path not in out]:
+            said = needs_roles(wide[0], types[wide[0]])
+            raise ValueError(f"{said}, name 2-axis kernels in `targets`, or `exclude` it")
+    left = found - out
     if not left:
         raise ValueError(_nothing(targets, exclude, taken, found, known))
     return [path for path in types if path in left]
+
+
+def needs_roles(path: str, kind: Any) -> str:
+    """What is said of a leaf of so many axes that their number does not tell what they are."""
+    return (
+        f"{path} has {len(kind.shape)} axes, and only roles can tell inputs from outputs; pass "
+        "`roles=peftjax.roles(fn, params, batch)`"
+    )
 
 
 def _is_wide(path: str, kind: Any) -> bool:

@@ -552,7 +552,8 @@ def whole(out: Any, tuned: Any) -> list[Any]:
 
 # Where what trains changes nothing: a column that is divided by its own norm has no scale. Both gradients are rounding.
 FLAT = frozenset({("ia3", "weight_norm")})
-# Where few numbers train, and a gradient of 0.2 is a sum whose terms all but cancel: of sizes up to 9, and up to 2.5.
+# Where few numbers train, and a gradient of 0.2 is a sum whose terms, of up to 9 and 2.5, all but cancel: what its errors
+# are measured against.
 CANCELS = {("oft_shared", "linen_dense_general_heads"): 9.0, ("adalora", "bf16_times_float"): 0.3}
 
 

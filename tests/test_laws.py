@@ -36,8 +36,8 @@ REST = [(method, model) for model in MODELS for method in METHODS if (method, mo
 
 OF_METHODS = (8, 9, 10)  # what these laws say hangs on the method more than on the model
 # Methods whose overlays differ from another one's in numbers alone: the first's laws of methods are theirs.
-ALIKE = {"rslora", "lora_gaussian", "lora_zero_a", "olora", "lora_orthogonal", "dora_pissa", "oft_neumann", "lokr_whole",
-         "bitfit", "full", "layer_norm", "head", "last_layers", "ia3_feedforward", "adapter_parallel"}  # fmt: skip
+ALIKE = {"rslora", "lora_gaussian", "lora_zero_a", "olora", "lora_orthogonal", "bitfit", "full", "layer_norm", "head",
+         "last_layers"}  # fmt: skip
 
 
 def cells(pairs):

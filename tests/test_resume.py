@@ -129,7 +129,7 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     process = started(folder, pause=0.02)
     process.join()
-    assert process.exitcode == 0
+    assert process.exitcode == 0 and (folder / "seen").stat().st_size == STEPS * EPOCHS
     return ended(folder)
 
 

@@ -49,6 +49,20 @@ def test_model(name):
         assert np.abs(gradient).max() > 1e-3, f"{path} does not matter"
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("name", MODELS)
+def test_eager_is_jitted(name):
+    model = MODELS[name]
+    example = model.make()
+    fn, args = arrays_only(example)
+    eager, jitted = fn(example.params, *args), jax.jit(fn)(example.params, *args)
+    assert floats(eager)
+    for a, b in zip(floats(eager), floats(jitted), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.isfinite(a).all()
+        np.testing.assert_allclose(a, b, atol=(2e-2 if "bf16" in model.tags else 1e-5) * np.abs(a).max(), rtol=0)
+
+
 def test_numbers_are_the_same_each_time():
     first, second = (MODELS["pre_norm_encoder"].make() for _ in range(2))
     for (path, a), (_, b) in zip(paths(first.params), paths(second.params), strict=True):
