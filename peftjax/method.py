@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from peftjax import sharding
 from peftjax.flat import unique
 from peftjax.options import check_options, plain
-from peftjax.overlay import is_overlay, layers, type_of
+from peftjax.overlay import At, is_overlay, layers, type_of
 from peftjax.paths import flatten, path_of
 from peftjax.roles import Role, Roles
 from peftjax.switches import still
@@ -273,7 +273,7 @@ def laid(params: Any, overlays: Mapping[str, Any]) -> Any:
 
     def placed(key_path: Any, value: Any) -> Any:
         path = path_of(key_path)
-        return sharding.placed(overlays[path]) if path in overlays else value
+        return sharding.placed(overlays[path].replace(at=At(path))) if path in overlays else value
 
     return jax.tree_util.tree_map_with_path(placed, params, is_leaf=is_overlay)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from numbers import Number
-from typing import Any, Iterator, TypeVar, dataclass_transform
+from typing import Any, Iterator, NoReturn, TypeVar, dataclass_transform
 
 import jax
 
@@ -11,7 +11,7 @@ from peftjax import compat
 C = TypeVar("C", bound=type)
 
 BARE = (
-    "an overlay, {}, reached code that expects an array. The model was called on a tuned tree without "
+    "an overlay, {}{}, reached code that expects an array. The model was called on a tuned tree without "
     "`peftjax.wrap`: call `wrap(fn)(tuned, ...)` instead of `fn(tuned, ...)`, or give the model `merge(tuned)`"
 )
 ARRAY_ATTRIBUTES = {name for name in dir(jax.Array) if not name.startswith("_")} | {"aval", "weak_type"}
@@ -45,7 +45,30 @@ def overlay(cls: C) -> C:
     )
 
 
-class Overlay:
+@dataclasses.dataclass(frozen=True)
+class At:
+    """The path of the leaf that an overlay was laid on, for messages alone: any two are equal.
+
+    So trees that were laid at other paths compare as equals, can be stacked, and share their compiled programs.
+    """
+
+    path: str = ""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, At)
+
+    def __hash__(self) -> int:
+        return hash(At)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Laid:
+    """What every overlay has, whatever its own fields are."""
+
+    at: At = static(default=At())
+
+
+class Overlay(Laid):
     """A node that stands where an array stood, of the same logical type.
 
     `base` is what it stands on: an array, or another overlay. Fields are `trained`, `frozen` or `static`;
@@ -124,10 +147,10 @@ class Overlay:
 
     @property
     def __jax_array__(self) -> Any:
-        raise TypeError(BARE.format(repr(self)))
+        _bare(self)
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError(BARE.format(repr(self)))
+        _bare(self)
 
     def __eq__(self, other: object) -> bool:
         """Identity, among overlays; a model that compares its weight with a number or an array was not wrapped."""
@@ -139,12 +162,16 @@ class Overlay:
 
     def __getattr__(self, name: str) -> Any:
         if name in ARRAY_ATTRIBUTES:
-            raise AttributeError(BARE.format(repr(self)))
+            raise AttributeError(_unwrapped(self))
         raise AttributeError(f"{type(self).__name__} has no field {name!r}")
 
 
-def _bare(self: Overlay, *args: Any) -> Any:
-    raise TypeError(BARE.format(repr(self)))
+def _unwrapped(self: Overlay) -> str:
+    return BARE.format(repr(self), f" at {self.at.path}" if self.at.path else "")
+
+
+def _bare(self: Overlay, *args: Any) -> NoReturn:
+    raise TypeError(_unwrapped(self))
 
 
 _BINARY = "add sub mul matmul truediv floordiv mod divmod pow and or xor lshift rshift".split()

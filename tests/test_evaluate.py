@@ -349,6 +349,30 @@ def test_a_stack_that_reaches_the_bare_model_says_so(method):
         it.fn(it.tuned, *it.args)
 
 
+def test_the_bare_model_says_which_leaf_holds_the_overlay_under_jit_too():
+    dense = {"kernel": data(8, 6), "bias": data(6, seed=2)}
+    tuned = pj.chain(pj.unfreeze(".*bias"), pj.lora(rank=2)).init(KEY, {"layer": {"out": dense}})
+    model = lambda params, x: x @ params["layer"]["out"]["kernel"] + params["layer"]["out"]["bias"]
+    with pytest.raises(TypeError, match=r"LoRA\(float32\[8,6\], rank=2\) at layer/out/kernel, reached code"):
+        jax.jit(model)(tuned, X)
+    with pytest.raises(AttributeError, match=r"Full\(float32\[6\]\) at layer/out/bias, reached code"):
+        jax.jit(lambda params, x: x + params["layer"]["out"]["bias"].mean())(tuned, X)
+
+
+def test_overlays_laid_at_other_paths_are_of_one_structure():
+    method = lambda name: pj.lora(rank=2).init(KEY, {name: data(8, 6)})[name]
+    first, second = method("a"), method("b")
+    assert (first.at.path, second.at.path) == ("a", "b")
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    assert hash(jax.tree.structure(first)) == hash(jax.tree.structure(second))
+    both = jax.tree.map(lambda *x: jnp.stack(x), first, second)
+    assert both.at.path == "a" and both.a.shape == (2, 8, 2)
+    program = jax.jit(pj.wrap(product))
+    for x in (first, second):
+        close(program({"w": x}, X), X @ x.base)
+    assert program._cache_size() == 1
+
+
 AUTO = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
 
 
