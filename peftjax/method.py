@@ -285,8 +285,6 @@ def _leaf(path: str, value: Any, roles: Roles | None, key: jax.Array) -> Leaf:
     role = roles[path] if roles is not None and path in roles else None
     if roles is not None and role is None:
         raise ValueError(f"{path} is not among the roles; they were taken of another tree")
-    if role is not None and role.op == "unused":
-        raise ValueError(f"{path} is never used by the model: what would train there could change nothing")
     if role is not None and len(role.axes) != len(kind.shape):
         raise ValueError(
             f"{path} is {kind.str_short()}, and the roles say axes {role.axes!r}; expected the roles of this very tree"

@@ -36,15 +36,15 @@ def choose(
         roles: what `peftjax.roles` found. Without it, "all-linear" is every leaf of two axes not named an embedding.
         exclude: leaves to leave out, in the same forms; wins over `targets`.
         taken: paths that something else trains already.
-        kernels: whether only kernels are wanted: a module's name then stands for its kernel, not for its bias too, and
-            a pattern passes over what the model never uses, if it matches more than that.
+        kernels: whether only kernels are wanted: a module's name then stands for its kernel, not for its bias too.
 
     Returns:
         The paths.
 
     Raises:
         ValueError: a pattern or a name that matches nothing, or no kernel where `kernels` wants one; nothing is left;
-            without roles, "all-linear" of a tree with a leaf of more than two axes.
+            a leaf that the model never uses, unless `exclude` leaves it out; without roles, "all-linear" of a tree with
+            a leaf of more than two axes.
 
     Example:
         >>> import jax.numpy as jnp
@@ -57,7 +57,7 @@ def choose(
     """
     types = {path: type_of(leaf) for path, leaf in flatten(params) if hasattr(leaf, "shape") or is_overlay(leaf)}
     known: Mapping[str, Role] = roles if roles is not None else {}
-    able = [path for path in types if not kernels or is_kernel(types[path], known.get(path))]
+    able = [path for path in types if not kernels or _may_be_kernel(types[path], known.get(path))]
     if targets == ALL_LINEAR:
         found = {path for path in types if _is_linear(path, types[path], known.get(path))} - set(taken)
     else:
@@ -70,6 +70,11 @@ def choose(
     left = found - out
     if not left:
         raise ValueError(_nothing(targets, exclude, taken, found, known))
+    if idle := [path for path in types if path in left and _is_unused(known.get(path))]:
+        raise ValueError(
+            f"{', '.join(idle[:3])}: never used by the model, so what would train there could change nothing; `exclude` "
+            f"what of targets={targets!r} is not used"
+        )
     return [path for path in types if path in left]
 
 
@@ -119,7 +124,7 @@ def _missed(target: str, paths: Sequence[str], suffix: bool) -> str:
 
 def _no_kernel(target: str, named: Sequence[str], able: Sequence[str], roles: Mapping[str, Role]) -> str:
     near = ", ".join(closest(target, able)) or "none"
-    unused = all(path in roles and roles[path].op == "unused" for path in named)
+    unused = all(_is_unused(roles.get(path)) for path in named)
     why = "which the model never uses" if unused else "which is no kernel"
     return f"{target!r} matches {', '.join(named[:3])}, {why}; expected a kernel; closest kernels: {near}"
 
@@ -179,6 +184,16 @@ def is_kernel(kind: Any, role: Role | None) -> bool:
         (True, False)
     """
     return len(kind.shape) >= 2 if role is None else role.op in KERNELS
+
+
+def _is_unused(role: Role | None) -> bool:
+    return role is not None and role.op == "unused"
+
+
+def _may_be_kernel(kind: Any, role: Role | None) -> bool:
+    """Whether it is a kernel, or would be one to a model that used it."""
+    unused = _is_unused(role) and len(kind.shape) >= 2 and jnp.issubdtype(kind.dtype, jnp.floating)
+    return unused or is_kernel(kind, role)
 
 
 def check_patterns(patterns: Sequence[str], paths: Sequence[str]) -> None:

@@ -101,6 +101,22 @@ def test_only_vectors_where_a_kernel_is_wanted():
         choose(".*bias", PARAMS, kernels=True)
 
 
+@pytest.mark.parametrize("targets", [".*", ".*kernel", ["query", "kernel"], lambda path, role: role.op != "embedding"])
+def test_what_the_model_never_uses_is_named_and_not_passed_over(targets):
+    params = {**PARAMS, "pooler": LAYER}
+    roles = Roles({**ROLES, "pooler/bias": Role("unused", "o", 6), "pooler/kernel": Role("unused", "oo", 7)})
+    with pytest.raises(ValueError, match="pooler/kernel: never used by the model.*`exclude` what of targets="):
+        choose(targets, params, roles, kernels=True)
+    kernels = choose(targets, params, roles, kernels=True, exclude="pooler/.*")
+    assert set(kernels) - {"embed/embedding"} == {"head/kernel", *KERNELS}
+    assert choose("all-linear", params, roles, kernels=True) == KERNELS
+
+
+def test_a_vector_that_the_model_never_uses_is_named_where_vectors_are_wanted():
+    with pytest.raises(ValueError, match="steps: never used by the model"):
+        choose(["bias", "steps"], PARAMS, ROLES)
+
+
 def test_nothing_left():
     with pytest.raises(ValueError, match="nothing is left of targets='head'"):
         choose("head", PARAMS, exclude="head")
