@@ -18,7 +18,7 @@ def convolution(eqn: Any, operands: Sequence[Any], run: Run) -> list[Any] | None
     """The output of a convolution whose kernel is an operator, or None where the operator has to be merged first."""
     x, w = operands
     p = eqn.params
-    if not isinstance(w, Weight) or isinstance(x, Weight) or p["batch_group_count"] != 1:
+    if not isinstance(w, Weight) or isinstance(x, Weight):
         return None
     w = w.only_for("conv_general_dilated")
     ins, outs, sizes = _conv_labels(eqn, w, x)
@@ -58,7 +58,10 @@ def _conv_labels(eqn: Any, w: Weight, x: Any) -> tuple[tuple[Any, ...], tuple[An
 
 
 def _conv_term(term: Term, w: Weight, x: Any, p: dict[str, Any]) -> Callable[[], Any] | None:
-    """The output of one product of factors: a convolution with the factor that reads, then the ones that write."""
+    """The output of one product of factors: a convolution with the factor that reads, then the ones that write.
+
+    Groups of features read each its own part of x's features; groups of examples, each its own examples of all.
+    """
     out_dim, *read_dims = p["dimension_numbers"].rhs_spec
     read = {a for k in read_dims for a in w.layout.dims[k]}
     write = w.layout.dims[out_dim]
@@ -70,7 +73,7 @@ def _conv_term(term: Term, w: Weight, x: Any, p: dict[str, Any]) -> Callable[[],
         or set(write) & set(readers[0].atoms)
     ):
         return None
-    groups = p["feature_group_count"]
+    grouped, groups = p["feature_group_count"] > 1, max(p["feature_group_count"], p["batch_group_count"])
     if groups > 1 and len(write) != 1:
         return None
     reader = readers[0]
@@ -81,25 +84,26 @@ def _conv_term(term: Term, w: Weight, x: Any, p: dict[str, Any]) -> Callable[[],
         order = [a for k in range(len(w.layout.dims)) for a in (inner if k == out_dim else w.layout.dims[k])]
         shape = [width if k == out_dim else n for k, n in enumerate(w.layout.shape)]
         array = lax.transpose(reader.array, [reader.atoms.index(a) for a in order]).reshape(shape)
-        return jnp.tile(array, [groups if k == out_dim else 1 for k in range(array.ndim)])
+        return jnp.tile(array, [groups if grouped and k == out_dim else 1 for k in range(array.ndim)])
 
     def product() -> Any:
         keys = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers", "feature_group_count")
         h = lax.conv_general_dilated(
             dropped(x, term), kernel().astype(x.dtype), **{k: p[k] for k in keys}, precision=p["precision"]
         )
-        feature = p["dimension_numbers"].out_spec[1]
+        batch, feature, *_ = p["dimension_numbers"].out_spec
         parts = (write[0] + (0,), write[0] + (1,)) if groups > 1 else write
         others = [f for f in term.factors if f is not reader]
         sizes = dict(w.layout.sizes)
         if groups > 1:
             sizes |= {parts[0]: groups, parts[1]: sizes[write[0]] // groups}
             others = [f.edited(Split(write[0], parts, (groups, sizes[parts[1]])), ()) for f in others]
-        given = parts[:1] + inner if groups > 1 else inner
         inner_sizes = dict(zip(reader.atoms, reader.array.shape))
-        at = lambda k, these: these if k == feature else (("y", k),)
         sizes |= {("y", k): n for k, n in enumerate(h.shape)} | {a: inner_sizes[a] for a in inner}
-        have = tuple(a for k in range(h.ndim) for a in at(k, given))
+        sizes[("y", batch)] //= p["batch_group_count"]
+        at = lambda k, these: these if k == feature else (("y", k),)
+        group = lambda k: parts[:1] if groups > 1 and k == (feature if grouped else batch) else ()
+        have = tuple(a for k in range(h.ndim) for a in group(k) + at(k, inner))
         want = tuple(a for k in range(h.ndim) for a in at(k, parts))
         return chain(Factor(h.reshape([sizes[a] for a in have]), have), others, want, sizes, p["precision"])
 

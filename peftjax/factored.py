@@ -223,6 +223,7 @@ def _product(x: Any, w: Any, xs: Labels, ws: Labels, out: Labels, precision: Any
 
     JAX takes the gradient for w with x on the right and turns the result. The barrier, which gradients pass too, keeps
     XLA from turning a large x instead: on CPU, a transposed copy of all activations, made with what produces them.
+    A custom VJP would order the products as well, and take the forward derivatives, `jax.jvp`, from every tuned model.
     """
     summed = [a for a in xs if a in ws and a not in out]
     batch = [a for a in xs if a in ws and a in out]

@@ -331,6 +331,7 @@ class Conv:
     rhs_dilation: tuple
     numbers: lax.ConvDimensionNumbers
     groups: int
+    batch_groups: int
 
     def __call__(self, w, x):
         return lax.conv_general_dilated(
@@ -342,22 +343,25 @@ class Conv:
             self.rhs_dilation,
             dimension_numbers=self.numbers,
             feature_group_count=self.groups,
+            batch_group_count=self.batch_groups,
         )
 
 
 @st.composite
 def convolutions(draw):
-    spatial, groups = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    spatial = draw(st.integers(1, 3))
+    groups, batch_groups = draw(st.sampled_from([(1, 1), (2, 1), (1, 1), (2, 1), (1, 2)]))
     lists = lambda values: tuple(draw(st.lists(values, min_size=spatial, max_size=spatial)))
     dims = lambda: tuple(draw(st.permutations(range(2 + spatial))))
     numbered = lax.ConvDimensionNumbers(dims(), dims(), dims())
     features = draw(st.integers(1, 3))
     laid = lambda spec, sizes: [n for _, n in sorted(zip(spec, sizes))]
-    kernel = laid(numbered.rhs_spec, (groups * draw(st.integers(1, 3)), features, *lists(st.integers(1, 3))))
+    outs = groups * batch_groups * draw(st.integers(1, 3))
+    kernel = laid(numbered.rhs_spec, (outs, features, *lists(st.integers(1, 3))))
     image = laid(numbered.lhs_spec, (2, groups * features, *lists(st.integers(4, 5))))
     small = st.integers(1, 2)
     padding = lists(st.tuples(st.integers(1, 2), st.integers(1, 2)))
-    conv = Conv(lists(small), padding, lists(small), lists(small), numbered, groups)
+    conv = Conv(lists(small), padding, lists(small), lists(small), numbered, groups, batch_groups)
     letters = "".join("o" if k == numbered.rhs_spec[0] else "i" for k in range(2 + spatial))
     natural = draw(st.booleans())
     w = leaf(kernel, letters if natural else draw(lettered(2 + spatial)))
