@@ -273,7 +273,7 @@ def laid(params: Any, overlays: Mapping[str, Any]) -> Any:
 
     def placed(key_path: Any, value: Any) -> Any:
         path = path_of(key_path)
-        return sharding.placed(overlays[path].replace(at=At(path))) if path in overlays else value
+        return sharding.placed(overlays[path].replace(laid_at=At(path))) if path in overlays else value
 
     return jax.tree_util.tree_map_with_path(placed, params, is_leaf=is_overlay)
 

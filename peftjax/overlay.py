@@ -65,7 +65,7 @@ class At:
 class Laid:
     """What every overlay has, whatever its own fields are."""
 
-    at: At = static(default=At())
+    laid_at: At = static(default=At())
 
 
 class Overlay(Laid):
@@ -167,7 +167,7 @@ class Overlay(Laid):
 
 
 def _unwrapped(self: Overlay) -> str:
-    return BARE.format(repr(self), f" at {self.at.path}" if self.at.path else "")
+    return BARE.format(repr(self), f" at {self.laid_at.path}" if self.laid_at.path else "")
 
 
 def _bare(self: Overlay, *args: Any) -> NoReturn:

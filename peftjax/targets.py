@@ -70,7 +70,7 @@ def choose(
     left = found - out
     if not left:
         raise ValueError(_nothing(targets, exclude, taken, found, known))
-    if idle := [path for path in types if path in left and _is_unused(known.get(path))]:
+    if idle := [path for path in types if path in left and _is_unused(known.get(path)) and _is_floating(types[path])]:
         raise ValueError(
             f"{', '.join(idle[:3])}: never used by the model, so what would train there could change nothing; `exclude` "
             f"what of targets={targets!r} is not used"
@@ -87,12 +87,12 @@ def needs_roles(path: str, kind: Any) -> str:
 
 
 def _is_wide(path: str, kind: Any) -> bool:
-    return len(kind.shape) > 2 and jnp.issubdtype(kind.dtype, jnp.floating) and "embed" not in path.rpartition("/")[2]
+    return len(kind.shape) > 2 and _is_floating(kind) and "embed" not in path.rpartition("/")[2]
 
 
 def _is_linear(path: str, kind: Any, role: Role | None) -> bool:
     if role is None:
-        matrix = len(kind.shape) == 2 and jnp.issubdtype(kind.dtype, jnp.floating)
+        matrix = len(kind.shape) == 2 and _is_floating(kind)
         return matrix and "embed" not in path.rpartition("/")[2]
     return role.op in ("linear", "conv") and not role.head and {"i", "o"} <= set(role.axes)
 
@@ -190,10 +190,13 @@ def _is_unused(role: Role | None) -> bool:
     return role is not None and role.op == "unused"
 
 
+def _is_floating(kind: Any) -> bool:
+    return jnp.issubdtype(kind.dtype, jnp.floating)
+
+
 def _may_be_kernel(kind: Any, role: Role | None) -> bool:
     """Whether it is a kernel, or would be one to a model that used it."""
-    unused = _is_unused(role) and len(kind.shape) >= 2 and jnp.issubdtype(kind.dtype, jnp.floating)
-    return unused or is_kernel(kind, role)
+    return is_kernel(kind, role) or _is_unused(role) and len(kind.shape) >= 2 and _is_floating(kind)
 
 
 def check_patterns(patterns: Sequence[str], paths: Sequence[str]) -> None:

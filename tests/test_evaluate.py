@@ -362,11 +362,11 @@ def test_the_bare_model_says_which_leaf_holds_the_overlay_under_jit_too():
 def test_overlays_laid_at_other_paths_are_of_one_structure():
     method = lambda name: pj.lora(rank=2).init(KEY, {name: data(8, 6)})[name]
     first, second = method("a"), method("b")
-    assert (first.at.path, second.at.path) == ("a", "b")
+    assert (first.laid_at.path, second.laid_at.path) == ("a", "b")
     assert jax.tree.structure(first) == jax.tree.structure(second)
     assert hash(jax.tree.structure(first)) == hash(jax.tree.structure(second))
     both = jax.tree.map(lambda *x: jnp.stack(x), first, second)
-    assert both.at.path == "a" and both.a.shape == (2, 8, 2)
+    assert both.laid_at.path == "a" and both.a.shape == (2, 8, 2)
     program = jax.jit(pj.wrap(product))
     for x in (first, second):
         close(program({"w": x}, X), X @ x.base)

@@ -113,8 +113,9 @@ def test_what_the_model_never_uses_is_named_and_not_passed_over(targets):
 
 
 def test_a_vector_that_the_model_never_uses_is_named_where_vectors_are_wanted():
-    with pytest.raises(ValueError, match="steps: never used by the model"):
-        choose(["bias", "steps"], PARAMS, ROLES)
+    params = {**PARAMS, "gate": jnp.zeros(4)}
+    with pytest.raises(ValueError, match="gate: never used by the model"):
+        choose(["bias", "gate"], params, Roles({**ROLES, "gate": Role("unused", "o", 6)}))
 
 
 def test_nothing_left():
