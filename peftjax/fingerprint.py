@@ -33,9 +33,12 @@ def fingerprint(params: Any) -> dict[str, Any]:
 
 
 def _bytes(x: Any) -> memoryview:
-    if jax.dtypes.issubdtype(getattr(x, "dtype", None), jax.dtypes.prng_key):
-        x = jax.random.key_data(x)
+    x = jax.random.key_data(x) if _is_key(x) else x
     return np.ascontiguousarray(jax.device_get(x)).reshape(-1).view(np.uint8).data
+
+
+def _is_key(x: Any) -> bool:
+    return jax.dtypes.issubdtype(getattr(x, "dtype", None), jax.dtypes.prng_key)
 
 
 def sums(params: Any) -> dict[str, Any]:
@@ -50,15 +53,16 @@ def sums(params: Any) -> dict[str, Any]:
     Returns:
       What `compare` compares, as `fingerprint` does.
     """
-    leaves = {}
-    for path, x in sorted(unique(flatten(params)).items()):
-        x = jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else jnp.asarray(x)
-        leaves[path] = [short(x), f"{int(_sum(x)):08x}"]
+    whole = lambda x: jax.random.key_data(x) if _is_key(x) else jnp.asarray(x)
+    arrays = {path: whole(x) for path, x in sorted(unique(flatten(params)).items())}
+    found = {path: _sum(x) for path, x in arrays.items()}
+    leaves = {path: [short(x), f"{int(found[path]):08x}"] for path, x in arrays.items()}
     return {"sha256": hashlib.sha256(json.dumps(leaves).encode()).hexdigest(), "leaves": leaves}
 
 
 @jax.jit
 def _sum(x: Any) -> Any:
+    x = jnp.stack((x.real, x.imag), -1) if jnp.iscomplexobj(x) else x
     words = lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}") if x.dtype != bool else x
     stride, place = 1, jnp.zeros(x.shape, jnp.uint32)
     for k in reversed(range(x.ndim)):

@@ -31,7 +31,7 @@ from peftjax.roles import Roles
 from peftjax.training import TrainState
 from peftjax.tree import entries, strip
 
-FORMAT = 1
+FORMAT = 2
 ARRAYS, PAGE = "arrays", "page"
 MOVING = ("trainable", "opt_state", "model_state", "step", "skipped", "failing")
 
@@ -48,9 +48,11 @@ class Runs:
       metric: the name of the metric that says which are best, the smallest first; see `lowest`.
       lowest: False where the largest are best.
       settings: what else has to be the same when a run goes on, as JSON-able values by name.
+      timeout: the seconds that several processes wait for each other while they save, before it counts as failed; 600,
+        for an adapter is small, and a disk that is full on one of them is said nowhere else.
 
     Raises:
-      ValueError: the folder holds something else.
+      ValueError: the folder is a file, or holds something else; or a number that is none of checkpoints, or of seconds.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, peftjax as pj, tempfile
@@ -78,8 +80,14 @@ class Runs:
         metric: str = "loss",
         lowest: bool = True,
         settings: Mapping[str, Any] | None = None,
+        timeout: int = 600,
     ):
+        for name, number, least in (("latest", latest, 1), ("best", best, 0), ("timeout", timeout, 1)):
+            if type(number) is not int or number < least:
+                raise ValueError(f"{name}={number!r}: expected a whole number, {least} at least")
         self.folder = Path(os.path.realpath(folder))
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"{self.folder} is a file; expected a folder of checkpoints, or a place for one")
         if self.folder.is_dir() and (odd := sorted(x.name for x in self.folder.iterdir() if not _is_ours(x.name))):
             raise ValueError(
                 f"{self.folder} holds other files ({', '.join(odd[:3])}); expected a folder of checkpoints alone"
@@ -88,17 +96,18 @@ class Runs:
         made = {"method": method.to_dict(), "roles": roles and roles.to_dict(), "settings": dict(settings or {})}
         self._made = {"format": FORMAT, **json.loads(json.dumps(made))}
         self._base: tuple[Any, dict[str, Any]] = (None, {})
-        number = lambda metrics: metrics[metric]
+        value = lambda metrics: metrics[metric]
         policies = [keep.LatestN(latest)]
         if best:
             policies.append(
-                keep.BestN(get_metric_fn=number, reverse=lowest, n=best, keep_checkpoints_without_metrics=False)
+                keep.BestN(get_metric_fn=value, reverse=lowest, n=best, keep_checkpoints_without_metrics=False)
             )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=keep.AnyPreservationPolicy(policies),
-            best_fn=number,
+            best_fn=value,
             best_mode="min" if lowest else "max",
             cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(timeout_secs=timeout),
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
         last = self._manager.latest_step()
@@ -126,12 +135,10 @@ class Runs:
         """Says in few words what went wrong with a file, and what is there still."""
         try:
             yield
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:
             whole = sorted(int(x.name) for x in self.folder.iterdir() if x.name.isdigit()) if self.folder.is_dir() else []
             there = f"the last one that is whole is {whole[-1]}" if whole else "there is no whole one"
-            raise OSError(
-                f"{self.folder}: a checkpoint could not be written, and {there}: {str(error).splitlines()[0][:300]}"
-            ) from error
+            raise OSError(f"{self.folder}: a checkpoint could not be written, and {there}: {_reason(error)}") from error
 
     @property
     def numbers(self) -> list[int]:
@@ -165,7 +172,7 @@ class Runs:
         own = self._page(state, held)
         if not self._compared:
             self._refuse_others(own)
-        page = {**own, "data": data}
+        page = {**own, "data": data, "sums": sums(held)["leaves"]}
         items = ocp.args.Composite(**{ARRAYS: ocp.args.StandardSave(held), PAGE: ocp.args.JsonSave(page)})
         told = None if metrics is None else {name: float(value) for name, value in metrics.items()}
         self._last = max(int(state.step), self._last + 1)
@@ -185,7 +192,8 @@ class Runs:
           on is `state, data = runs.restore(fresh) or (fresh, None)`.
 
         Raises:
-          ValueError: another method, base, optimizer or rank, with what was found and expected; or no such checkpoint.
+          ValueError: another method, base, optimizer or rank, with what was found and expected; no such checkpoint; or one
+            that is damaged, or that something else wrote.
         """
         numbers = self.numbers
         if number is None and not numbers:
@@ -193,11 +201,14 @@ class Runs:
         if number is not None and number not in numbers:
             raise ValueError(f"{self.folder} holds no checkpoint {number}; expected one of {numbers}")
         at = numbers[-1] if number is None else number
-        page, held = self._saved_page(at), _held(state)
-        self._compare(f"{self.folder}, checkpoint {at}", page, self._page(state, held))
+        page, held, where = self._saved_page(at), _held(state), f"{self.folder}, checkpoint {at}"
+        self._compare(where, page, self._page(state, held))
         self._compared = True
         like = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in held.items()}
-        found = self._manager.restore(at, args=ocp.args.Composite(**{ARRAYS: ocp.args.StandardRestore(like)}))[ARRAYS]
+        found = self._read(at, ARRAYS, ocp.args.StandardRestore(like))
+        saved, now = page["sums"], sums(found)["leaves"]
+        if odd := [name for name in now if now[name] != saved.get(name)]:
+            raise ValueError(f"{where} is damaged: it holds other numbers than were saved as {', '.join(odd[:3])}")
         return _filled(state, found), page["data"]
 
     def _refuse_others(self, own: Mapping[str, Any]) -> None:
@@ -211,7 +222,23 @@ class Runs:
         self._compared = True
 
     def _saved_page(self, at: int) -> dict[str, Any]:
-        return self._manager.restore(at, args=ocp.args.Composite(**{PAGE: ocp.args.JsonRestore()}))[PAGE]
+        page = self._read(at, PAGE, ocp.args.JsonRestore())
+        if not isinstance(page, dict) or page.get("format") != FORMAT:
+            version = page.get("format") if isinstance(page, dict) else None
+            raise ValueError(
+                f"{self.folder}, checkpoint {at} has format {version!r}, expected {FORMAT}: written by another version?"
+            )
+        return page
+
+    def _read(self, at: int, item: str, how: Any) -> Any:
+        """One item of a checkpoint. Of what is damaged, or by another hand, Orbax raises whatever it meets with first."""
+        try:
+            return self._manager.restore(at, args=ocp.args.Composite(**{item: how}))[item]
+        except Exception as error:
+            raise ValueError(
+                f"{self.folder}, checkpoint {at} cannot be read, so it is damaged, or `Runs` did not write it; to go on "
+                f"from an earlier one, delete its folder: {type(error).__name__}: {_reason(error)}"
+            ) from error
 
     def _page(self, state: TrainState, held: Mapping[str, Any]) -> dict[str, Any]:
         base = strip(state.tuned)
@@ -222,21 +249,34 @@ class Runs:
 
     @staticmethod
     def _compare(where: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-        if found.get("format") != expected["format"]:
+        if found["method"] != expected["method"]:
             raise ValueError(
-                f"{where} has format {found.get('format')!r}, expected {FORMAT}: written by another version?"
+                f"{where} has another method:\n  found    {found['method']}\n  expected {expected['method']}"
             )
-        for part in ("method", "roles"):
-            if found[part] != expected[part]:
-                raise ValueError(f"{where} has another {part}:\n  found    {found[part]}\n  expected {expected[part]}")
         compare(found["base"], expected["base"], where)
-        for part, what in (("settings", "other settings"), ("arrays", "another optimizer or tree")):
-            old, new = found[part], expected[part]
+        parts = {"roles": "other roles", "settings": "other settings", "arrays": "another optimizer or tree"}
+        for part, what in parts.items():
+            old, new = found[part] or {}, expected[part] or {}
             odd = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
             if odd:
                 lines = [f"{name}: found {old.get(name, 'none')}, expected {new.get(name, 'none')}" for name in odd[:5]]
                 more = [f"and {len(odd) - 5} more"] if len(odd) > 5 else []
                 raise ValueError(f"{where} has {what}:\n  " + "\n  ".join(lines + more))
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in a line: of errors that came of each other, the first that is none of waiting for the others."""
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    told = [x for x in causes if not isinstance(x, (TimeoutError, jax.errors.JaxRuntimeError))]
+    if not told:
+        return f"not all processes got to its end; is the disk of one full, or is one gone? {_line(error)}"
+    return _line(told[0])
+
+
+def _line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "")[:300]
 
 
 def _is_ours(name: str) -> bool:
@@ -262,7 +302,9 @@ def _name(path: Any) -> str:
 def _filled(state: TrainState, found: Mapping[str, Any]) -> TrainState:
     """The state with the arrays of a checkpoint in the place of its own."""
     moving = jax.tree_util.tree_map_with_path(lambda path, _: found[_name(path)], _moving(state))
-    key = None if state.key is None else jax.random.wrap_key_data(found["key"], impl=jax.random.key_impl(state.key))
+    key = found.get("key")
+    if state.key is not None and jax.dtypes.issubdtype(state.key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key, impl=jax.random.key_impl(state.key))
     own = (found.get(f"frozen/{e.key}", e.value) for e in entries(state.tuned) if not e.trains)
     frozen = jax.tree.map(lambda _: next(own), state.frozen)
     return dataclasses.replace(state, **moving, key=key, frozen=frozen)

@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import re
+import resource
 import signal
 import socket
 import time
@@ -109,6 +110,24 @@ def saving(index, port, folder, out):
     jax.distributed.shutdown()
 
 
+def filling(index, port, folder, out):
+    """One of two processes that save twice; at the second time the first of them has no room on its disk."""
+    joined(index, port)
+    _, state = begin(make_mesh("data:2,model:2"))
+    with Runs(folder, METHOD, timeout=4) as runs:
+        runs.save(state, data={"batch": 0})
+    if index == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    try:
+        with Runs(folder, METHOD, timeout=4) as runs:
+            runs.save(state, data={"batch": 1})
+            runs.wait()
+    except OSError as error:
+        out.put((index, str(error)))
+    jax.distributed.shutdown()
+
+
 def absent(index, port, out):
     try:
         join(f"127.0.0.1:{port}", 3, index, timeout=3)
@@ -186,6 +205,15 @@ def test_two_processes_give_what_one_device_gives(tmp_path):
         again, data = runs.restore(begin()[1])
     assert data == {"batch": 3} and int(again.step) == 3
     np.testing.assert_allclose(losses(begin()[0], again, first=3)[0], want[3:], rtol=1e-5)
+
+
+def test_a_disk_that_is_full_for_one_ends_both_and_leaves_the_checkpoint_before(tmp_path):
+    port = free_port()
+    found = run(filling, [(k, port, tmp_path / "runs") for k in range(2)])
+    for k, why in ((0, ".*(file|File)"), (1, "not all processes got to its end")):
+        assert re.search(f"could not be written, and the last one that is whole is 0: {why}", found[k])
+    with Runs(tmp_path / "runs", METHOD) as runs:
+        assert runs.numbers == [0] and runs.restore(begin()[1])[1] == {"batch": 0}
 
 
 def test_sigterm_to_one_stops_both_within_validation(tmp_path):

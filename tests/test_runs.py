@@ -1,6 +1,7 @@
 """Checkpoints of runs: what comes back is what was saved, on any mesh, and nothing else is taken for it."""
 
 import ast
+import dataclasses
 import functools
 import json
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import peftjax as pj
 import pytest
 from flax import nnx
@@ -263,3 +265,87 @@ def test_sums_are_those_of_any_mesh_and_see_a_swap(dtype):
     assert sums({"x": split}) == sums({"x": x})
     swapped = x.at[jnp.array([0, 1])].set(x[jnp.array([1, 0])])
     assert sums({"x": swapped}) != sums({"x": x})
+
+
+def _flips(folder):
+    for path in (folder / "0/arrays").rglob("d/*"):
+        raw = bytearray(path.read_bytes())
+        raw[len(raw) // 2] ^= 4
+        path.write_bytes(raw)
+
+
+def _cuts(folder):
+    path = next((folder / "0/page").glob("metadata"))
+    path.write_bytes(path.read_bytes()[:40])
+
+
+def _loses(folder):
+    for path in list((folder / "0/arrays").rglob("*")):
+        if path.is_file():
+            path.unlink()
+
+
+@pytest.mark.parametrize("damage", [_flips, _cuts, _loses])
+def test_what_is_damaged_is_named_and_not_loaded(tmp_path, damage):
+    with Runs(tmp_path / "a", METHOD) as runs:
+        runs.save(start())
+    damage(tmp_path / "a")
+    with Runs(tmp_path / "a", METHOD) as runs:
+        with pytest.raises(ValueError, match=r"a, checkpoint 0 .*damaged") as found:
+            runs.restore(start())
+    assert len(str(found.value)) < 600
+
+
+def test_the_checkpoints_of_another_library_are_named(tmp_path):
+    with ocp.CheckpointManager(tmp_path / "a") as theirs:
+        theirs.save(0, args=ocp.args.StandardSave({"x": np.ones(3)}))
+    (tmp_path / "b/3").mkdir(parents=True)
+    for folder, at in (("a", 0), ("b", 3)):
+        with Runs(tmp_path / folder, METHOD) as runs:
+            with pytest.raises(ValueError, match=rf"{folder}, checkpoint {at} cannot be read.*`Runs` did not write it"):
+                runs.restore(start())
+            with pytest.raises(ValueError, match="`Runs` did not write it(?s:.*)a folder of its own"):
+                runs.save(start())
+
+
+def test_folders_and_numbers_that_are_none(tmp_path):
+    (tmp_path / "a").write_text("")
+    with pytest.raises(ValueError, match="a is a file; expected a folder"):
+        Runs(tmp_path / "a", METHOD)
+    for option in ({"latest": 0}, {"latest": 1.5}, {"best": -1}, {"timeout": 0}):
+        with pytest.raises(ValueError, match=r"^(latest|best|timeout)=.*: expected a whole number, [01] at least"):
+            Runs(tmp_path / "b", METHOD, **option)
+    assert not (tmp_path / "b").exists()
+
+
+def test_other_roles_are_named_leaf_by_leaf(tmp_path):
+    roles = pj.roles(fn, PARAMS, batch_of(0))
+    with Runs(tmp_path / "a", METHOD, roles) as runs:
+        runs.save(start())
+    other = pj.Roles({**roles, "up": dataclasses.replace(roles["up"], axes="oi")})
+    with Runs(tmp_path / "a", METHOD, other) as runs:
+        with pytest.raises(ValueError, match=r"has other roles:\n  up: found .*'io'.*expected .*'oi'[^\n]*$"):
+            runs.restore(start())
+
+
+def test_a_base_of_complex_numbers_and_of_pythons(tmp_path):
+    wave, params = np.array([1 + 2j, 3 - 1j], np.complex64), {"b": jnp.ones(2), "gain": 2.0}
+    assert sums({"x": wave}) != sums({"x": wave.conj()})
+    method = pj.unfreeze("b")
+    begun = lambda wave: pj.train_state(method.init(KEY, {**params, "wave": wave}), TX)
+    with Runs(tmp_path / "a", method) as runs:
+        runs.save(begun(wave))
+        runs.wait()
+        same(runs.restore(begun(wave))[0].trainable, begun(wave).trainable)
+        with pytest.raises(ValueError, match="wave: other values"):
+            runs.restore(begun(wave.conj()))
+
+
+def test_a_key_comes_back_as_the_kind_it_was(tmp_path):
+    with Runs(tmp_path / "a", METHOD) as runs:
+        for key in (jax.random.PRNGKey(3), jax.random.key(3)):
+            begun = pj.train_state(made()[1], TX, key=key)
+            runs.save(begun)
+            runs.wait()
+            again = runs.restore(begun)[0].key
+            assert again.dtype == key.dtype and jax.random.bits(again) == jax.random.bits(key)
