@@ -40,6 +40,7 @@ FREE = (
     "out",
     "resume",
     "every",
+    "failing",
     "tensorboard",
     "profile",
 )
@@ -107,9 +108,10 @@ def run(c: ml_collections.ConfigDict, console: Console) -> list[dict[str, Any]]:
         for n, one in enumerate(todo, 1):
             console.print(f"{n} of {len(todo)}: {one.method}, {one.rows:,} rows, seed {one.seed}")
             where = None if one.method in BASELINES else place(laid[one], "compare", one.rows, settings[one])
-            ledger.add(settings[one], {**dataclasses.asdict(one), **lab.result(one, laid[one], where)})
+            result = {**dataclasses.asdict(one), **lab.result(one, laid[one], where)}
+            ledger.add(settings[one], result)
             if where is not None:
-                running.forget(where.folder)
+                running.forget(where.folder, result)
     found = [row for one in wanted if (row := ledger.find(settings[one])) is not None]
     results = report.finished(found, "method", console)
     console.print(comparison.table(results))

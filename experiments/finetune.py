@@ -237,7 +237,7 @@ def fit(
         running.shown(c, console, where.folder, task.metric) as shown,
         running.checkpoints(c, where.folder, method, roles, where.settings) as runs,
     ):
-        trained = train(step, begin(), epoch, validate, Limits(c.epochs, c.patience), shown, runs, c.every)
+        trained = train(step, begin(), epoch, validate, Limits(c.epochs, c.patience, c.failing), shown, runs, c.every)
 
     def answers(rows: Rows) -> np.ndarray:
         encoded = task.read_texts(model.tokens, rows.texts)

@@ -57,8 +57,9 @@ def run(c: ml_collections.ConfigDict, console: Console) -> list[dict[str, Any]]:
         lab = Lab(c, data, console)
         lab.check({one.strategy: None for one in missing})
         for one in missing:
-            ledger.add(one.settings(c), lab.result(one))
-            running.forget(one.folder(c))
+            done = lab.result(one)
+            ledger.add(one.settings(c), done)
+            running.forget(one.folder(c), done)
     found = [result for one in wanted if (result := ledger.find(one.settings(c))) is not None]
     results = report.finished(found, "strategy", console)
     console.print(report.table(results))

@@ -37,7 +37,8 @@ def finished(found: Sequence[Result], what: str, console: Console) -> list[Resul
     """
     for one in found:
         if "failed" in one:
-            console.print(f"left out: {one[what]}, {one['rows']:,} rows, seed {one['seed']}: {one['failed']}")
+            said = f"left out: {one[what]}, {one['rows']:,} rows, seed {one['seed']}: {one['failed']}"
+            console.print(said, soft_wrap=True)  # it holds a path
     if not (good := [one for one in found if "failed" not in one]):
         raise ValueError("not one of these runs came to its end")
     return good

@@ -20,10 +20,10 @@ from peftjax.sharding_rules import Rules, by_rules, make_mesh, within
 
 CHECKPOINTS = "checkpoints"  # the folder, in that of the run
 # What may change when a run goes on.
-FREE = ("out", "resume", "every", "mesh", "accumulate", "join", "timeout", "tensorboard", "profile")
+FREE = ("out", "resume", "every", "failing", "mesh", "accumulate", "join", "timeout", "tensorboard", "profile")
 
 # What numbers of a page may be: whole ones by the least, others by the least and by what they are below.
-LEAST = {"batch": 1, "accumulate": 1, "epochs": 1, "patience": 1, "length": 1, "seed": 0, "every": 0}
+LEAST = {"batch": 1, "accumulate": 1, "epochs": 1, "patience": 1, "length": 1, "seed": 0, "every": 0, "failing": 1}
 RANGES = {"dropout": (0.0, 1.0), "warmup": (0.0, 1.0), "decay": (0.0, math.inf)}
 
 
@@ -83,8 +83,13 @@ def shown(c: ml_collections.ConfigDict, console: Console, folder: Path, metric: 
         yield logs.Together([stack.enter_context(place) for place in places])
 
 
-def forget(folder: Path) -> None:
-    """Deletes the checkpoints of a run: once it is a row of the results, nobody goes on from them. Logs stay."""
+def forget(folder: Path, result: Mapping[str, Any]) -> None:
+    """Deletes the checkpoints of a run that is a row of the results: nobody goes on from them. Logs stay.
+
+    Those of one that failed stay too: its row says that the last good state is there.
+    """
+    if "failed" in result:
+        return
     for place in list(folder.glob(f"**/{CHECKPOINTS}")):
         shutil.rmtree(place)
         for above in (place.parent, folder):

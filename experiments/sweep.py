@@ -35,7 +35,7 @@ REPLACED = {
     "seed": "c.seeds says it",
     "join": "one process does all runs; expected none",
 }
-FREE = ("methods", "seeds", "tries", "rates", "sizes", "out", "resume", "every", "tensorboard", "profile")
+FREE = ("methods", "seeds", "tries", "rates", "sizes", "out", "resume", "every", "failing", "tensorboard", "profile")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +146,7 @@ def run(c: ml_collections.ConfigDict, console: Console) -> dict[str, Any]:
         except FloatingPointError as error:
             found = {"value": None, "failed": str(error)}
         ledger.add(keys[one, seed], found)
-        running.forget(where.folder)
+        running.forget(where.folder, found)
     values = {one: [_value(ledger.find(keys[one, seed])) for seed in dict.fromkeys(c.seeds)] for one in tried}
     best = {method: {**x, "rows": c.rows} for method, x in winners(values).items()}
     before = read_winners(path, c) if path.is_file() else {}

@@ -103,7 +103,7 @@ class Limits:
     Attributes:
       epochs: how many at most.
       patience: after how many epochs without a better score.
-      failing: after how many steps in a row whose loss is not finite; each is left out.
+      failing: after how many steps in a row whose loss is not finite; each is left out. 5: one may be an odd batch.
     """
 
     epochs: int

@@ -167,7 +167,7 @@ class Lab:
             running.shown(c, self.console, folder) as shown,
             running.checkpoints(c, folder, methods[stage], self.roles, one.settings(c)) as runs,
         ):
-            return train(tools.step, state, plan, validate, Limits(c.checks, c.checks), shown, runs, c.every)
+            return train(tools.step, state, plan, validate, Limits(c.checks, c.checks, c.failing), shown, runs, c.every)
 
     def _logits(self, tools: Tools, tuned: Any, stats: Any, some: Images, *check: Check) -> np.ndarray:
         return tools.logits((tuned, stats), batches(some, self.c.batch), len(some), *check)

@@ -302,7 +302,7 @@ def _name(path: Any) -> str:
 def _filled(state: TrainState, found: Mapping[str, Any]) -> TrainState:
     """The state with the arrays of a checkpoint in the place of its own."""
     moving = jax.tree_util.tree_map_with_path(lambda path, _: found[_name(path)], _moving(state))
-    key = found.get("key")
+    key: Any = found.get("key")
     if state.key is not None and jax.dtypes.issubdtype(state.key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key, impl=jax.random.key_impl(state.key))
     own = (found.get(f"frozen/{e.key}", e.value) for e in entries(state.tuned) if not e.trains)

@@ -357,12 +357,18 @@ def test_a_baseline_that_cannot_be_computed_is_named(place, tmp_path, unplotted)
 
 
 def test_runs_that_come_to_no_end_are_left_out(place, tmp_path):  # noqa: F811
-    """Those behind them are done; scratch begins without pretraining; of one seed there is no deviation."""
+    """Those behind them are done; scratch begins without pretraining; of one seed there is no deviation.
+
+    Where checkpoints are kept, those of a run that failed are, for its row names them.
+    """
     small = {"methods": ("lora", "scratch"), "baselines": ("words",), "rows": (32, 64), "passes": (3,), "seeds": (0, 0)}
     c = tiny(comparing.get_config(), place, winners="", **small)
     c.rate.lora = 1e38
-    c.update({"out": str(tmp_path)})
+    c.update({"out": str(tmp_path), "resume": "auto"})
     results, said = printed(compare.run, c)
+    failed = [json.loads(line)["results"].get("failed", "") for line in (tmp_path / "compare.jsonl").read_text().splitlines()]
+    kept = {str(path) for path in tmp_path.glob("**/checkpoints")}
+    assert len(kept) == 2 == len([x for x in failed if x]) and all(x.endswith(tuple(kept)) for x in failed if x)
     assert [(one["method"], one["rows"]) for one in results] == [(m, n) for n in (32, 64) for m in ("words", "scratch")]
     assert "left out: lora, 64 rows, seed 0: 5 steps in a row" in said and "(0.000)" not in said
     words = {one["rows"]: one["trainable"] for one in results if one["method"] == "words"}

@@ -633,13 +633,14 @@ def test_an_image_that_cannot_be_read_is_named(damage, kind, two):
 
 
 def test_a_run_that_comes_to_no_end_is_left_out(folder, tmp_path):
-    """And the one behind it is done."""
-    c = configured(folder, tmp_path, strategies=("last", "probe"), steps=8, checks=1)
+    """The one behind it is done, and its last good state is where its row says; that of a run that ends is nowhere."""
+    c = configured(folder, tmp_path, strategies=("last", "few", "probe"), steps=8, checks=1, resume="auto", failing=3)
     c.rate.last = 1e38
     console = Console(file=io.StringIO(), width=200)
     rows = finetune_image.run(c, console)
-    assert [row["strategy"] for row in rows] == ["probe"]
-    assert "left out: last, 40 rows, seed 0: 5 steps in a row" in console.file.getvalue()
+    assert [row["strategy"] for row in rows] == ["few", "probe"]
+    said = re.search(r"left out: last, 40 rows, seed 0: 3 steps in a row.* before them is in (\S+)", console.file.getvalue())
+    assert [str(path) for path in pathlib.Path(c.out).glob("**/checkpoints")] == [said[1]] and os.listdir(said[1])
 
 
 def test_what_a_folder_must_not_hold(tmp_path):

@@ -59,6 +59,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.mesh = ""  # axes and sizes, as "data:2,model:2", over all devices; "" is one device
     c.resume = "no"  # "auto" keeps checkpoints until a run is done, and goes on from the last one where there is one
     c.every = 0  # steps between checkpoints; there is one at every check, too
+    c.failing = 5  # steps in a row without a finite loss, each of them left out, after which the run stops
     c.tensorboard = False  # True writes losses and scores for TensorBoard into the folder of each run
     c.profile = ""  # "10:13" writes a profile of the steps 10 to 12 there
 

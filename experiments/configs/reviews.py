@@ -64,6 +64,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.timeout = 300.0  # seconds within which all processes have to be there
     c.resume = "no"  # "auto" keeps checkpoints, and goes on from the last one where there is one
     c.every = 50  # steps between checkpoints; there is one after every epoch, too
+    c.failing = 5  # steps in a row without a finite loss, each of them left out, after which the run stops
     c.tensorboard = False  # True writes losses and scores for TensorBoard into the folder of the run
     c.profile = ""  # "10:13" writes a profile of the steps 10 to 12 there
 
