@@ -4,11 +4,11 @@ from setuptools import find_packages, setup
 
 # The core (overlay to methods) imports jax alone, and works where nothing else is installed. optax and safetensors are
 # here because `import peftjax` also offers `train_only` and `save`, which a user expects to work as they stand.
-CORE = ["jax>=0.10", "optax>=0.2.4", "safetensors>=0.4"]
+CORE = ["jax>=0.10", "optax>=0.2.5", "safetensors>=0.4"]
 
 EXPERIMENTS = [
     "flax>=0.11",
-    "optax>=0.2.4",
+    "optax>=0.2.5",
     "orbax-checkpoint>=0.11",
     "tensorflow-datasets>=4.9.8",
     "array_record",

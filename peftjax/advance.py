@@ -10,12 +10,14 @@ import optax
 
 from peftjax.method import Method
 from peftjax.microbatches import split
+from peftjax.overlay import short
 from peftjax.switches import with_key
 from peftjax.tree import combine, partition
 
 Apply = Callable[..., Any]
 Loss = Callable[[Any, Any], tuple[Any, Mapping[str, Any]]]
 Sums = dict[str, Any]
+OWN = {"loss", "grad_norm", "skipped"}  # metrics of a step that no loss gives
 
 
 def advance(
@@ -42,19 +44,21 @@ def advance(
     key = None if moving.key is None else jax.random.fold_in(moving.key, moving.step)
     run = jax.value_and_grad(_total(apply, loss, frozen), has_aux=True)
     sums, grads, model_state = _gradients(run, moving, batch, parts, key)
-    weight = sums["weight"]
-    grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
-    metrics = {name: value / weight for name, value in sums.items() if name != "weight"}
+    weight = sums.pop("weight")
+    by = jnp.where(weight == 0, 1, weight)
+    grads = jax.tree.map(lambda g: g / by.astype(g.dtype), grads)
+    metrics = {name: value / by for name, value in sums.items()}
     if method is not None and (penalty := method.penalty) is not None:
         value, more = jax.value_and_grad(lambda t: penalty(combine(t, frozen)))(moving.trainable)
         metrics["loss"], grads = metrics["loss"] + value, jax.tree.map(jnp.add, grads, more)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     updates, opt_state = tx.update(grads, moving.opt_state, moving.trainable)
-    fine = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm) & jnp.isfinite(optax.global_norm(updates))
+    fine = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
     trainable, changed = _updated(method, optax.apply_updates(moving.trainable, updates), frozen, grads, moving.step)
+    learns = fine & (weight != 0)
 
     keep = lambda new, old: jax.tree.map(
-        lambda x, y: None if x is None else jnp.where(fine, x, y), new, old, is_leaf=_none
+        lambda x, y: None if x is None else jnp.where(learns, x, y), new, old, is_leaf=_none
     )
     after = dataclasses.replace(
         moving,
@@ -81,13 +85,39 @@ def _total(apply: Apply, loss: Loss, frozen: Any) -> Callable[..., Any]:
         given = {"key": model, "model_state": model_state}
         given = {name: x for name, x in given.items() if x is not None}
         _check_takes(apply, given)
-        out = apply(tuned, part, **given)
-        out, after = (out, None) if model_state is None else out
-        value, aux = loss(out, part)
+        out, after = apply(tuned, part, **given), None
+        if model_state is not None:
+            out, after = _pair(out, "apply", "(outputs, model_state), for the state has a model state")
+            _check_same(after, model_state)
+        value, aux = _pair(loss(out, part), "loss", "(value, aux)")
+        if not isinstance(aux, Mapping):
+            raise TypeError(f"loss returned {type(aux).__name__} as aux; expected a dictionary, {{}} for none")
+        if taken := OWN & set(aux):
+            raise ValueError(f"loss: aux holds {min(taken)!r}, which a step's own metrics have; expected another name")
         sums = {"weight": 1.0, **aux, "loss": value}
         return value, (jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), sums), after)
 
     return total
+
+
+def _pair(found: Any, name: str, expected: str) -> tuple[Any, Any]:
+    if isinstance(found, (tuple, list)) and len(found) == 2:
+        return found[0], found[1]
+    what = f"a sequence of {len(found)}" if isinstance(found, (tuple, list)) else f"one {type(found).__name__}"
+    raise TypeError(f"{name} returned {what}; expected {expected}")
+
+
+def _check_same(after: Any, before: Any) -> None:
+    """Raises unless a model's state is of the structure and the shapes that it had."""
+    named = lambda tree: {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+    new, old = named(after), named(before)
+    for path in (*old, *new):
+        found, expected = (short(tree[path]) if path in tree else "nothing" for tree in (new, old))
+        if found != expected:
+            raise ValueError(f"apply returned a model state with {found} at {path}; expected {expected}, as given")
+    found, expected = (str(jax.tree.structure(tree)) for tree in (after, before))
+    if found != expected:
+        raise ValueError(f"apply returned a model state of the structure {found}; expected {expected}, as given")
 
 
 def _check_takes(apply: Apply, given: Mapping[str, Any]) -> None:

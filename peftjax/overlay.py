@@ -104,6 +104,7 @@ class Overlay(Laid):
     base: Any
     locked: tuple[str, ...]
     virtual: int = 0  # how many virtual tokens it needs in the sequence: only `peftjax.wrap_tokens` runs it then
+    guided: bool = False  # whether it is its method's `update` that moves some of it: a train step has to be given that
     sequential: bool = False  # whether it reads `site.sequence`, the axis of tokens: only `wrap_tokens` knows it
 
     @property

@@ -14,6 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from peftjax.advance import Loss, advance
 from peftjax.method import Method
+from peftjax.overlay import layers
+from peftjax.paths import flatten
 from peftjax.sharding import BATCH_AXES, shardings
 from peftjax.state_layout import abstract, like_trainable, on, put
 from peftjax.switches import dropping
@@ -153,7 +155,8 @@ def make_train_step(
     """Makes `step(state, batch) -> (state, metrics)`, compiled once: gradients of what trains, and the optimizer.
 
     `g = sum_k grad total_k / sum_k weight_k + grad penalty` over `accumulate` parts of the batch, one after the other.
-    A step whose loss or gradient is not finite changes nothing but its counts.
+    A step whose loss or gradient is not finite changes nothing but its counts, and one in which nothing counts (of weight
+    0) nothing but `step`; its means are 0.
 
     Args:
       apply: `apply(tuned, batch)`, the wrapped model. Where the state has a key, the overlays get theirs of it, as by
@@ -174,8 +177,13 @@ def make_train_step(
 
     Raises:
       ValueError: fewer than one part, or axes that the mesh does not have; when it is called, examples that the parts
-        and the mesh do not divide, or a state that does not lie on the mesh.
-      TypeError: when it is called, a state with a key or a model state, and an apply that takes none.
+        and the mesh do not divide, a state that does not lie on the mesh, a model state of another structure than it
+        was, or aux with a name of the step's own metrics.
+      TypeError: when it is called, a state with a key or a model state, and an apply that takes none; or an apply or a
+        loss that returns something else than a pair where one is expected.
+
+    Warns:
+      UserWarning: when it is called, overlays of a method with an `update`, and no `method=` that has one.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, peftjax as pj
@@ -316,4 +324,15 @@ class TrainStep:
 
     def advance(self, moving: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, Any, dict[str, Any]]:
         """The step as a pure function, not compiled: see `peftjax.advance`."""
+        if self.method is None or self.method.update is None:
+            _warn_unguided(combine(moving.trainable, frozen))
         return advance(self.apply, self.loss, self.tx, self.method, self.accumulate, moving, frozen, batch)
+
+
+def _warn_unguided(tuned: Any) -> None:
+    if left := [path for path, leaf in flatten(tuned) if any(x.guided for x in layers(leaf))]:
+        warnings.warn(
+            f"the overlays at {', '.join(left[:3])}{' ...' if left[3:] else ''} are moved by their method's update too, and "
+            "this step has none to run: expected `make_train_step(..., method=)`, the method that made the tree",
+            stacklevel=2,
+        )

@@ -150,6 +150,20 @@ def test_a_step_that_is_not_finite_changes_nothing_but_counts():
     assert (int(state.skipped), int(state.failing)) == (2, 0) and np.isfinite(metrics["loss"])
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_batch_in_which_nothing_counts_changes_nothing_and_is_no_failure(parts):
+    (apply, tuned), tx = made(), optax.adamw(1e-2)
+    step = pj.make_train_step(apply, token_loss, tx, accumulate=parts)
+    state, _ = step(pj.train_state(tuned, tx), batch_of())
+    kept = jax.tree.map(np.asarray, (state.trainable, state.opt_state))
+    state, metrics = step(state, {**batch_of(), "mask": np.zeros((8, 6), np.float32)})
+    jax.tree.map(np.testing.assert_array_equal, (state.trainable, state.opt_state), kept)
+    assert (int(state.step), int(state.skipped), int(state.failing)) == (2, 0, 0)
+    assert {name: float(metrics[name]) for name in ("loss", "accuracy", "weight", "grad_norm")} == dict.fromkeys(
+        ("loss", "accuracy", "weight", "grad_norm"), 0.0
+    )
+
+
 def test_clipping_takes_no_frozen_array_into_account():
     (apply, tuned), tx = made(), optax.chain(optax.clip_by_global_norm(1e-3), optax.sgd(1.0))
     before = pj.train_state(tuned, tx)
@@ -263,6 +277,52 @@ def test_what_is_wrong_is_named():
         pj.train_state(tuned, tx, specs={})
 
 
+@pytest.mark.parametrize(
+    "loss,error,words",
+    [
+        (lambda y, b: y.sum(), TypeError, r"loss returned one \w*Tracer; expected \(value, aux\)"),
+        (lambda y, b: (y.sum(), {}, 1), TypeError, r"loss returned a sequence of 3; expected \(value, aux\)"),
+        (lambda y, b: (y.sum(), None), TypeError, "loss returned NoneType as aux; expected a dictionary"),
+        (lambda y, b: (y.sum(), {"grad_norm": 1.0}), ValueError, "aux holds 'grad_norm', which a step's own metrics have"),
+    ],
+)
+def test_a_loss_that_returns_something_else(loss, error, words):
+    apply, tuned = made()
+    step = pj.make_train_step(apply, loss, optax.sgd(0.1))
+    with pytest.raises(error, match=words):
+        step(pj.train_state(tuned, step.tx), batch_of())
+
+
+@pytest.mark.parametrize(
+    "returned,error,words",
+    [
+        (lambda y, s: y, TypeError, r"apply returned one \w*Tracer; expected \(outputs, model_state\)"),
+        (lambda y, s: (y, {"n": s["n"]}), ValueError, r"with nothing at \['mean'\]; expected float32\[3\]"),
+        (lambda y, s: (y, {**s, "more": s["n"]}), ValueError, r"with int32\[\] at \['more'\]; expected nothing"),
+        (lambda y, s: (y, {**s, "mean": jnp.zeros(4)}), ValueError, r"with float32\[4\] at \['mean'\]; expected float32\[3\]"),
+        (lambda y, s: (y, {**s, "none": ()}), ValueError, "a model state of the structure PyTreeDef.*'none'"),
+    ],
+)
+def test_an_apply_that_returns_another_model_state(returned, error, words):
+    apply, tuned = made()
+    carrying = lambda tuned, batch, model_state: returned(apply(tuned, batch), model_state)
+    step = pj.make_train_step(carrying, token_loss, optax.sgd(0.1))
+    state = pj.train_state(tuned, step.tx, model_state={"n": jnp.int32(0), "mean": jnp.zeros(3)})
+    with pytest.raises(error, match=words):
+        step(state, batch_of())
+
+
+def test_a_method_whose_update_never_runs_is_said(recwarn):
+    method = pj.adalora(rank=2, target_rank=1, total_steps=8)
+    (apply, tuned), tx = made(method), optax.sgd(0.1)
+    for other in (None, pj.lora(rank=2)):
+        with pytest.warns(UserWarning, match=r"Dense_0/kernel.* are moved by their method's update too.*expected `make_train_"):
+            pj.make_train_step(apply, token_loss, tx, method=other)(pj.train_state(tuned, tx), batch_of())
+    recwarn.clear()
+    pj.make_train_step(apply, token_loss, tx, method=pj.chain(method))(pj.train_state(tuned, tx), batch_of())
+    assert not [str(x.message) for x in recwarn.list]
+
+
 def test_what_a_step_gives_apply_is_taken():
     apply, tuned = made()
     step = pj.make_train_step(apply, token_loss, optax.sgd(0.1))
@@ -281,4 +341,4 @@ def test_dropout_without_a_key_is_said(recwarn):
     recwarn.clear()
     pj.train_state(tuned, optax.sgd(0.1), key=KEY)
     pj.train_state(made()[1], optax.sgd(0.1))
-    assert not recwarn.list
+    assert not [str(x.message) for x in recwarn.list]

@@ -44,6 +44,7 @@ class AdaLoRA(Overlay):
     orth_weight: float = static(default=0.5)
     dropout: float = static(default=0.0)
     locked: tuple[str, ...] = static(default=())
+    guided = True
 
     def labels(self) -> dict[str, tuple[Any, ...]]:
         """A keeps the axes that W reads and B those that it writes, e the stacked ones; the averages lie likewise."""
@@ -122,8 +123,7 @@ def adalora(
     `orth_weight * mean over all A, B of ||A' A - I||, ||B B' - I||` (Frobenius). After the optimizer it runs
     `update(tuned, grads, step)`, with the gradients of that step and its number from 0. From `tinit` on, every `delta_t`
     steps, this sets to zero those entries of e that matter least in the whole model, so that `target_rank` for each matrix
-    are left, on average, at `total_steps - tfinal`; these do not change any more. An entry that was pruned before may come
-    back.
+    are left, on average, at `total_steps - tfinal`; these do not change any more. What was pruned before may come back.
 
     Args:
       rank: the rank of each matrix at the start; A is (in..., rank), e (rank,) and B (rank, out...), float32. 12 as in
