@@ -3,6 +3,8 @@
 import collections
 import functools
 import itertools
+import json
+import math
 import re
 import warnings
 from typing import Any
@@ -19,9 +21,11 @@ from test_training import token_loss
 from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from peftjax import sharding
+from experiments.models.decoder import planned
+from peftjax import plan, sharding
 from peftjax.hlo import Program
 from peftjax.overlay import frozen, overlay, trained
+from peftjax.paths import flatten
 from peftjax.roles import Role, Roles
 from peftjax.sharding_rules import by_metadata, by_rules, make_mesh, within
 
@@ -233,12 +237,59 @@ def on_mesh(name, method):
 
 @pytest.mark.parametrize("name, method", covered(list(MESHES), list(FROZEN)))
 def test_no_weight_of_the_base_is_gathered_that_the_base_does_not_gather(name, method):
-    """Not once more than by the base's forward pass; where that moves activations to the weights, than by its gradient."""
+    """Not once more than by the base's forward pass; where that moves activations to the weights, than by its gradient.
+
+    Of layers that a scan makes, which are gathered anew going back, the next test speaks.
+    """
     step, params, _ = on_mesh(name, method)
     forward, back = base_gathers(name)
     found = gathered_weights(step, params)
     assert found <= (back if name == "table" else forward), (found, forward, back)
     assert sum(back.values()) >= (0 if name == "model" else 5)
+
+
+DECODER = {
+    "vocab_size": 72,
+    "hidden_size": 32,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def layers_gathered(compiled, sizes):
+    """How often a program gathers so many numbers as a matrix has, in all runs of its loops."""
+    found = collections.Counter()
+    for kind, size, times in Program(compiled.as_text()).exchanges:
+        if kind == "all-gather" and size // 4 in sizes:
+            found[size // 4] += times
+    return found
+
+
+@pytest.mark.parametrize("name, remat", covered(["lora", "dora", "adapter"], ["none", "layers"]))
+def test_a_scanned_layer_is_gathered_as_often_as_by_the_passes_of_the_base(name, remat, tmp_path):
+    """Once going forward and once going back, of which the second has every layer computed again."""
+    (tmp_path / "config.json").write_text(json.dumps(DECODER))
+    mesh, tx, method = make_mesh("fsdp:8"), optax.adamw(1e-3), plan.METHODS[name](1)
+    model = planned(str(tmp_path / "config.json"), mesh, 16, 64, remat)
+    roles = pj.roles(model.fn, model.params, model.batch)
+    tuned = jax.eval_shape(lambda params: method.init(KEY, params, roles), model.params)
+    state = pj.train_state(tuned, tx, mesh=mesh, specs=model.specs)
+    step = pj.make_train_step(pj.wrap(model.fn), model.loss, tx, mesh, method=method)
+    params, batch = pj.strip(state.tuned), step.place(model.batch)
+
+    def back(params, batch):
+        table = params["model"]["embed_tokens"]["embedding"]
+        with_table = lambda x: {**params, "model": {**params["model"], "embed_tokens": {"embedding": x}}}
+        return jax.grad(lambda x: model.loss(model.fn(with_table(x), batch), batch)[0])(table)
+
+    sizes = {math.prod(x.shape[1:]) for path, x in flatten(params) if x.ndim == 3}
+    found, forward, base = (
+        layers_gathered(x.compile(), sizes)
+        for x in (step.lower(state, model.batch), *(jax.jit(f).lower(params, batch) for f in (model.fn, back)))
+    )
+    assert found and set(found) == set(forward) and found <= base, (found, forward, base)
 
 
 def test_reduced_bytes_follow_what_trains():
