@@ -9,6 +9,7 @@ import os
 import random
 import resource
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -232,25 +233,44 @@ def test_sigterm_without_checkpoints_is_left_alone():
 # Losses that are not finite
 
 
-def failing(folder, bad, epochs=2, shown=logs.Together([])):
-    """Trains on ten batches an epoch, those in `bad` of NaN; what it gives, and the states after each step."""
+def failing(folder, bad, epochs=2, shown=logs.Together([]), read=lambda row: row, before=lambda: None):
+    """Trains on ten batches an epoch, those in `bad` of NaN; what it gives, and the states after each step.
+
+    `read` is called with what each batch is made of, and `before` before each step.
+    """
     rows = [{"ids": np.full((2, 3), np.nan if k in bad else 1 + k, np.float32)} for k in range(10)]
     rows = [{**row, "label": np.zeros(2, np.int32), "weight": np.ones(2, np.float32)} for row in rows]
     tuned, tx, states = pj.unfreeze("w").init(jax.random.key(0), {"w": np.ones((3, 2), np.float32)}), optax.sgd(1e-2), []
     step = pj.make_train_step(pj.wrap(lambda params, batch: batch["ids"] @ params["w"]), train.cross_entropy, tx)
 
     def kept(state, batch):
+        before()
         state, metrics = step(state, batch)
         states.append((np.asarray(state.tuned["w"].value), float(metrics["loss"])))
         return state, metrics
 
     with Runs(folder / "runs", pj.unfreeze("w"), metric="epoch", lowest=False) as runs:
-        state, epoch = pj.train_state(tuned, tx), lambda number: grain.MapDataset.source(rows)
+        state, epoch = pj.train_state(tuned, tx), lambda number: grain.MapDataset.source(rows).map(read)
         judge = lambda state, check: train.Score(0.5, 1.0)
         try:
             return train.train(kept, state, epoch, judge, train.Limits(epochs, 9), shown, runs), states
         except FloatingPointError as error:
             return (error, runs.restore(pj.train_state(tuned, tx))), states
+
+
+def test_batches_are_made_while_a_step_runs(tmp_path):
+    """Before the first step is taken, the second batch comes without being asked for."""
+    made, second = [], threading.Event()
+
+    def read(row):
+        made.append(row)
+        if len(made) > 1:
+            second.set()
+        return row
+
+    waited = []
+    failing(tmp_path, (), epochs=1, read=read, before=lambda: waited.append(second.wait(60)))
+    assert waited == [True] * 10 and len(made) >= 10
 
 
 def test_the_run_stops_with_the_last_good_state_saved(tmp_path):
