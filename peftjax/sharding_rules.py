@@ -28,7 +28,8 @@ def make_mesh(axes: str, devices: Sequence[Any] | None = None) -> Mesh:
       The mesh, its axes Auto: the compiler chooses where results lie.
 
     Raises:
-      ValueError: words that are no axes, a name twice, or sizes that do not multiply to the number of devices.
+      ValueError: words that are no axes, a name twice, sizes that are none, or that do not multiply to the number of
+        devices.
 
     Example:
       >>> dict(make_mesh("data:-1,model:1", jax.devices()[:1]).shape)
@@ -36,14 +37,19 @@ def make_mesh(axes: str, devices: Sequence[Any] | None = None) -> Mesh:
     """
     found = np.asarray(jax.devices() if devices is None else devices)
     pairs = re.findall(r"([A-Za-z_]\w*):(-?\d+)", axes)
-    if ",".join(f"{name}:{size}" for name, size in pairs) != axes.replace(" ", ""):
+    if not pairs or ",".join(f"{name}:{size}" for name, size in pairs) != axes.replace(" ", ""):
         raise ValueError(f"mesh {axes!r}: expected names and sizes, as in 'data:2,model:4'")
     names, sizes = [name for name, _ in pairs], [int(size) for _, size in pairs]
     if len(set(names)) < len(names):
         raise ValueError(f"mesh {axes!r} names an axis twice")
-    if sizes.count(-1) == 1 and (known := -math.prod(sizes)) > 0 and found.size % known == 0:
+    if sizes.count(-1) > 1 or any(size < 1 for size in sizes if size != -1):
+        raise ValueError(f"mesh {axes!r}: expected sizes of 1 or more, of which one may be -1, for what is left")
+    if -1 in sizes:
+        known = -math.prod(sizes)
+        if found.size % known:
+            raise ValueError(f"mesh {axes!r}: {known} does not divide {found.size}, the number of devices")
         sizes[sizes.index(-1)] = found.size // known
-    if min(sizes, default=0) < 1 or math.prod(sizes) != found.size:
+    if math.prod(sizes) != found.size:
         raise ValueError(
             f"mesh {axes!r}: the sizes multiply to {math.prod(sizes)}, expected {found.size}, the number of devices"
         )

@@ -397,7 +397,11 @@ def test_metadata_of_linen_and_nnx():
         ("data:3,model:2", ("multiply to 6", "expected 8")),
         ("data:2,data:4", ("names an axis twice",)),
         ("data=2", ("expected names and sizes",)),
-        ("data:-1,model:3", ("expected 8",)),
+        ("data:-1,model:3", ("3 does not divide 8, the number of devices",)),
+        ("data:-1,model:-1", ("expected sizes of 1 or more, of which one may be -1",)),
+        ("data:-2,model:-4", ("expected sizes of 1 or more, of which one may be -1",)),
+        ("data:0,model:-1", ("expected sizes of 1 or more, of which one may be -1",)),
+        ("", ("expected names and sizes",)),
     ],
 )
 def test_a_mesh_that_is_none(axes, words):
