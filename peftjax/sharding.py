@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from peftjax import compat
+from peftjax.flat import near
 from peftjax.overlay import Overlay
-from peftjax.paths import flatten
+from peftjax.paths import flatten, path_of
 from peftjax.tree import map_leaves, strip
 
 BATCH_AXES = ("data", "fsdp")  # of a mesh: what examples are split over, unless it is said
@@ -46,8 +47,8 @@ def specs(tuned: Any, base_specs: Any, mesh: Mesh | None = None) -> Any:
       `tuned` with a `PartitionSpec` in the place of every array.
 
     Raises:
-      ValueError: a spec has more entries than its array has axes, or names an axis that the mesh does not have; or the
-        trees differ.
+      ValueError: a spec has more entries than its array has axes, or names an axis twice, or one that the mesh does not
+        have; or the trees differ, and which paths are missing or unknown.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj
@@ -176,10 +177,12 @@ def fitted(
 
 
 def check_axes(where: str, spec: Sequence[Any] | PartitionSpec, mesh: Any) -> None:
-    """Raises where a spec names an axis that the mesh does not have."""
+    """Raises where a spec names an axis that the mesh does not have, or one twice."""
     used = [name for entry in spec for name in axes_of(entry)]
     if unknown := [name for name in used if name not in mesh.axis_names]:
         raise ValueError(f"{where}: the mesh has no axis {unknown[0]!r}; expected one of {', '.join(mesh.axis_names)}")
+    if twice := [name for k, name in enumerate(used) if name in used[:k]]:
+        raise ValueError(f"{where}: {PartitionSpec(*spec)} names the axis {twice[0]!r} twice, expected it once at most")
 
 
 def tell(misfits: Sequence[Misfit], depth: int) -> None:
@@ -201,12 +204,30 @@ def entries_of(spec: Any, base: Any) -> tuple[Any, ...]:
 
 def _spread(base_specs: Any, base: Any) -> Any:
     """A spec in the place of every array of the base, from a prefix of its tree."""
-    leaf = lambda x: x is None or _is_spec(x)
+    whole = jax.tree_util.tree_map_with_path(_whole, base_specs, is_leaf=lambda x: x is None)
+    try:
+        return jax.tree.map(lambda spec, part: jax.tree.map(lambda _: spec, part), whole, base)
+    except ValueError as error:
+        raise ValueError(
+            "the specs do not fit the base, expected one (or None) for every leaf or subtree of it:\n  "
+            + "\n  ".join(_strays(whole, base) or [str(error)])
+        ) from error
 
-    def below(spec: Any, part: Any) -> Any:
-        return jax.tree.map(lambda _: PartitionSpec() if spec is None else spec, part)
 
-    return jax.tree.map(below, base_specs, base, is_leaf=leaf)
+def _whole(where: Any, spec: Any) -> PartitionSpec:
+    if spec is not None and not _is_spec(spec):
+        raise ValueError(f"the specs hold {spec!r} at {path_of(where)!r}, expected a PartitionSpec (or None)")
+    return PartitionSpec() if spec is None else spec
+
+
+def _strays(whole: Any, base: Any) -> list[str]:
+    """The leaves on which no spec stands, and the specs that stand on nothing, a line each."""
+    have, paths = ([path for path, _ in flatten(tree)] for tree in (whole, base))
+    empty = jax.tree_util.tree_leaves_with_path(base, is_leaf=lambda x: not jax.tree.leaves(x))
+    stands = lambda spec, path: path == spec or path.startswith(f"{spec}/")
+    lost = [f"missing: {path}" for path in paths if not any(stands(spec, path) for spec in have)]
+    strange = [spec for spec in have if not any(stands(spec, path_of(where)) for where, _ in empty)]
+    return lost + [f"unknown: {spec} (nearest: {near(spec, paths)})" for spec in strange]
 
 
 def _is_spec(x: Any) -> bool:

@@ -11,10 +11,10 @@ from jax.sharding import Mesh, PartitionSpec
 
 from peftjax.flat import near
 from peftjax.paths import flatten, path_of
-from peftjax.sharding import BATCH_AXES, Misfit, check_axes, fitted, tell
+from peftjax.sharding import BATCH_AXES, Misfit, axes_of, check_axes, fitted, tell
 
 NNX_NAMES = ("out_sharding", "sharding_names", "sharding")  # by age of Flax, the newest first
-Rules = Sequence[tuple[str, PartitionSpec]]
+Rules = Sequence[tuple[str, PartitionSpec] | list[Any]]
 
 
 def make_mesh(axes: str, devices: Sequence[Any] | None = None) -> Mesh:
@@ -60,8 +60,8 @@ def by_rules(rules: Rules, params: Any, mesh: Mesh) -> Any:
     """The partition of every leaf of a base model, from rules over paths.
 
     Args:
-      rules: pairs of a regex, fullmatched on a leaf's path, and a `PartitionSpec`; the first that matches wins. A leaf
-        that none matches is replicated.
+      rules: pairs of a regex, fullmatched on a leaf's path, and a `PartitionSpec`, or its entries in a list as JSON has
+        them; the first that matches wins. A leaf that none matches is replicated.
       params: the base's tree; shapes are enough.
       mesh: the devices. An axis of a leaf that it does not divide is replicated, and a warning lists them all.
 
@@ -69,8 +69,8 @@ def by_rules(rules: Rules, params: Any, mesh: Mesh) -> Any:
       A tree of `PartitionSpec`, for `peftjax.train_state`.
 
     Raises:
-      ValueError: a rule that wins no leaf, an axis that the mesh does not have, or a spec of more entries than its
-        leaf has axes.
+      ValueError: a rule that is no such pair, or wins no leaf; a spec of more entries than its leaf has axes, of an axis
+        twice, or of one that the mesh does not have.
 
     Example:
       >>> import jax.numpy as jnp
@@ -79,15 +79,36 @@ def by_rules(rules: Rules, params: Any, mesh: Mesh) -> Any:
       >>> tuple(specs["w"]), tuple(specs["b"])
       ((None, 'model'), ())
     """
-    for pattern, spec in rules:
+    pairs = [_pair(rule) for rule in rules]
+    for pattern, spec in pairs:
         check_axes(f"rule {pattern!r}", spec, mesh)
     paths = [path for path, _ in flatten(params)]
-    won = {path: next((rule for rule in rules if re.fullmatch(rule[0], path)), None) for path in paths}
-    if idle := [pattern for pattern, spec in rules if (pattern, spec) not in won.values()]:
-        lines = [f"{p!r} (nearest: {near(p, paths)})" for p in idle]
-        raise ValueError(f"these rules match no leaf, or only what one before took: {', '.join(lines)}")
-    spec_of = {path: PartitionSpec() if rule is None else rule[1] for path, rule in won.items()}
+    won = {path: next((k for k, rule in enumerate(pairs) if re.fullmatch(rule[0], path)), None) for path in paths}
+    if idle := [pattern for k, (pattern, _) in enumerate(pairs) if k not in won.values()]:
+        raise ValueError(f"these rules win no leaf: {', '.join(_idle(pattern, paths) for pattern in idle)}")
+    spec_of = {path: PartitionSpec() if k is None else pairs[k][1] for path, k in won.items()}
     return _fitting([spec_of[path] for path in paths], params, mesh)
+
+
+def _pair(rule: Any) -> tuple[str, PartitionSpec]:
+    """The two parts of a rule."""
+    is_pair = isinstance(rule, (tuple, list)) and len(rule) == 2 and isinstance(rule[0], str)
+    if not is_pair or not isinstance(rule[1], (PartitionSpec, tuple, list)):
+        raise ValueError(
+            f"rule {rule!r}: expected a pair of a regex and a spec, such as ('.*/kernel', PartitionSpec(None, 'model'))"
+        )
+    try:
+        re.compile(rule[0])
+    except re.error as error:
+        raise ValueError(f"rule {rule[0]!r}: expected a regex, such as '.*/kernel' ({error})") from error
+    return rule[0], PartitionSpec(*(tuple(entry) if isinstance(entry, list) else entry for entry in rule[1]))
+
+
+def _idle(pattern: str, paths: Sequence[str]) -> str:
+    """A rule that wins no leaf, and why."""
+    if (taken := next((path for path in paths if re.fullmatch(pattern, path)), None)) is not None:
+        return f"{pattern!r} (one before it took {taken})"
+    return f"{pattern!r} (nearest: {near(pattern, paths)})"
 
 
 def within(rules: Rules, mesh: Mesh, batch_axes: Sequence[str] = BATCH_AXES) -> Rules:
@@ -99,15 +120,16 @@ def within(rules: Rules, mesh: Mesh, batch_axes: Sequence[str] = BATCH_AXES) -> 
       batch_axes: the axes over which examples are split, as `peftjax.make_train_step` has them.
 
     Raises:
-      ValueError: an axis of the mesh, of more than one device, that splits neither weights nor examples.
+      ValueError: a rule that is no pair, or an axis of the mesh, of more than one device, that splits neither weights nor
+        examples.
 
     Example:
       >>> mesh = make_mesh("data:1", jax.devices()[:1])
       >>> [tuple(spec) for _, spec in within([("w", PartitionSpec("data", "model"))], mesh)]
       [('data', None)]
     """
-
-    used = {*batch_axes, *(name for _, spec in rules for entry in spec for name in _axes(entry))}
+    pairs = [_pair(rule) for rule in rules]
+    used = {*batch_axes, *(name for _, spec in pairs for entry in spec for name in axes_of(entry))}
     if idle := [name for name, size in mesh.shape.items() if size > 1 and name not in used]:
         raise ValueError(
             f"nothing is split over the axis {idle[0]!r} of the mesh ({', '.join(mesh.axis_names)}): its devices would all do "
@@ -119,12 +141,7 @@ def within(rules: Rules, mesh: Mesh, batch_axes: Sequence[str] = BATCH_AXES) -> 
             return tuple(name for name in entry if name in mesh.axis_names) or None
         return entry if entry in mesh.axis_names else None
 
-    return [(pattern, PartitionSpec(*map(kept, spec))) for pattern, spec in rules]
-
-
-def _axes(entry: Any) -> tuple[str, ...]:
-    """The names in an entry of a `PartitionSpec`."""
-    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+    return [(pattern, PartitionSpec(*map(kept, spec))) for pattern, spec in pairs]
 
 
 def by_metadata(params: Any, mesh: Mesh, axes: Mapping[str, Any] | None = None) -> Any:

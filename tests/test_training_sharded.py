@@ -358,6 +358,13 @@ def test_specs_by_hand_are_fitted_too():
         ({"w": None, "b": P(("data", "modl"))}, "b: the mesh has no axis 'modl'; expected one of data, model"),
         ({"w": P(), "b": P(None, "model")}, r"b: .* has 2 entries, expected at most 1, for \(6,\)"),
         (P(None, None, "model"), "has 3 entries, expected at most"),
+        ({"w": P("model", "model"), "b": None}, r"w: P.*\('model', 'model'\) names the axis 'model' twice"),
+        ({"w": P(("model", "data"), "model"), "b": None}, "w: .* names the axis 'model' twice"),
+        ({"w": P()}, "the specs do not fit the base, expected one .*\n  missing: b$"),
+        ({"w": P(), "b": None, "ww": P()}, r":\n  unknown: ww \(nearest: w\)$"),
+        ({"w": {"x": P()}, "b": P()}, r":\n  missing: w\n  unknown: w/x \(nearest: w\)$"),
+        ({"w": P(), "b": nn.Partitioned(P(), (None,))}, r"tree\['b'\]"),  # of the same paths: in JAX's words
+        ({"w": (None, "model"), "b": P()}, r"the specs hold 'model' at 'w/1', expected a PartitionSpec \(or None\)"),
     ],
 )
 def test_specs_by_hand_that_are_wrong_are_named(spec, words):
@@ -410,15 +417,34 @@ def test_a_mesh_that_is_none(axes, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
-def test_rules_that_are_wrong_are_named():
-    mesh = make_mesh("data:8")
-    params = {"up": {"kernel": jnp.ones((2, 8))}}
-    with pytest.raises(ValueError, match="no axis 'model'; expected one of data"):
-        by_rules([(".*", P("model"))], params, mesh)
-    with pytest.raises(ValueError, match=r"'up/kernle' \(nearest: up/kernel\)"):
-        by_rules([("up/kernle", P("data"))], params, mesh)
-    with pytest.raises(ValueError, match="has 3 entries, expected at most 2"):
-        by_rules([(".*", P(None, None, "data"))], params, mesh)
+@pytest.mark.parametrize(
+    "rules, words",
+    [
+        ([(".*", P("model"))], "no axis 'model'; expected one of data"),
+        ([("up/kernle", P("data"))], r"'up/kernle' \(nearest: up/kernel\)"),
+        ([(".*", P(None, None, "data"))], "has 3 entries, expected at most 2"),
+        ([(".*", P("data", "data"))], r"rule '\.\*': P.*\('data', 'data'\) names the axis 'data' twice"),
+        ([("up/.*", P("data")), ("up/.*", P("data"))], r"win no leaf: 'up/\.\*' \(one before it took up/kernel\)"),
+        ([("*", P())], r"rule '\*': expected a regex, such as .* \(nothing to repeat at position 0\)"),
+        ([("up/.*",)], r"rule \('up/\.\*',\): expected a pair of a regex and a spec"),
+        ([("up/.*", "data")], "expected a pair of a regex and a spec"),
+        ({"up/.*": P("data")}, r"rule 'up/\.\*': expected a pair of a regex and a spec"),
+    ],
+)
+def test_rules_that_are_wrong_are_named(rules, words):
+    with pytest.raises(ValueError, match=words):
+        by_rules(rules, {"up": {"kernel": jnp.ones((2, 8))}}, make_mesh("data:8"))
+
+
+def test_rules_as_json_has_them():
+    mesh, params = make_mesh("data:2,model:4"), {"w": jnp.ones((8, 8)), "b": jnp.ones(8)}
+    rules = [["w", [None, ["data", "model"]]], ["b", P("model")]]
+    assert by_rules(rules, params, mesh) == {"w": P(None, ("data", "model")), "b": P("model")}
+    assert within(rules, make_mesh("model:8")) == [("w", P(None, ("model",))), ("b", P("model"))]
+
+
+def test_metadata_that_are_wrong_are_named():
+    mesh, params = make_mesh("data:8"), {"up": {"kernel": jnp.ones((2, 8))}}
     with pytest.raises(ValueError, match="no leaf says where it lies"):
         by_metadata(params, mesh)
     with pytest.raises(ValueError, match="names an axis 'mlp', which the mesh"):
