@@ -128,9 +128,9 @@ def filling(index, port, folder, out):
     jax.distributed.shutdown()
 
 
-def absent(index, port, out):
+def absent(index, port, processes, out):
     try:
-        join(f"127.0.0.1:{port}", 3, index, timeout=3)
+        join(f"127.0.0.1:{port}", processes, index, timeout=3)
     except (TimeoutError, ValueError) as error:
         out.put((index, str(error)))
 
@@ -257,9 +257,9 @@ def test_when_one_process_dies_the_others_end_and_the_run_goes_on(tmp_path):
 
 def test_a_process_that_never_joins_is_named():
     port = free_port()
-    found = run(absent, [(0, port), (2, port)])
+    found = run(absent, [(0, port, 3), (2, port, 3)])
     assert found[0] == found[2] == f"of 3 processes, 1 did not join at 127.0.0.1:{port} within 3 s"
-    found = run(absent, [(1, free_port())])
+    found = run(absent, [(1, free_port(), 3)])
     assert "of 3 processes, 0 did not join" in found[1]
 
 
@@ -317,7 +317,7 @@ def test_the_roll_is_called_on_cloud_tpu_too():
 def test_two_processes_of_one_number_are_refused():
     port = free_port()
     out = PROCESSES.Queue()
-    same = [PROCESSES.Process(target=absent, args=(k, port, out)) for k in (0, 1, 1)]
+    same = [PROCESSES.Process(target=absent, args=(k, port, 3, out)) for k in (0, 1, 1)]
     for process in same:
         process.start()
     found = [out.get(timeout=60)[1] for _ in range(3)]
@@ -326,9 +326,25 @@ def test_two_processes_of_one_number_are_refused():
     assert sum("two processes joined" in message and "as number 1" in message for message in found) >= 2, found
 
 
-@pytest.mark.parametrize("arguments", [("127.0.0.1:80", 2, 2), ("127.0.0.1:80", None, 0), ("nowhere", 2, 0)])
-def test_what_cannot_be_joined(arguments):
-    with pytest.raises(ValueError, match="expected"):
+def test_processes_that_are_told_different_numbers_are_refused():
+    port = free_port()
+    found = run(absent, [(0, port, 2), (3, port, 4)])
+    assert found[0] == found[3] and f"at 127.0.0.1:{port}, process 3 of 4 joined a run of 2" in found[0]
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("127.0.0.1:80", 2, 2), "process 2 of 2: expected a number of processes, and an index below it"),
+        (("127.0.0.1:80", None, 0), "process 0 of None: expected a number of processes"),
+        (("nowhere", 2, 0), "coordinator 'nowhere': expected host:port of process 0"),
+        (("127.0.0.1:99999", 2, 0), "coordinator '127.0.0.1:99999': expected .* the port from 1 to 65535"),
+        (("127.0.0.1:99999", 2, 1), "coordinator '127.0.0.1:99999': expected .* the port from 1 to 65535"),
+        (("127.0.0.1:0", 2, 0), "coordinator '127.0.0.1:0': expected .* the port from 1 to 65535"),
+    ],
+)
+def test_what_cannot_be_joined(arguments, words):
+    with pytest.raises(ValueError, match=words):
         join(*arguments)
 
 
