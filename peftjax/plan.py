@@ -9,7 +9,7 @@ compiler), and prints what each chip holds and does. From Python, `plan(Planned(
 
 import argparse
 import dataclasses
-import importlib
+import importlib.util
 import json
 import math
 import os
@@ -67,7 +67,7 @@ def devices(topology: str) -> list[Any]:
     For a slice it sets, where they are not set, the environment variables that say which machine this is.
 
     Raises:
-      ValueError: a name of another form, or no compiler for it.
+      ValueError: a name of another form, a slice that the compiler refuses, or no compiler here.
 
     Example:
       >>> devices("local") == jax.devices()
@@ -82,6 +82,10 @@ def devices(topology: str) -> list[Any]:
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", topology)
     if found is None or found[1] not in SLICES:
         raise ValueError(f"topology {topology!r}: expected local, or a slice such as v5e:2x4 ({', '.join(SLICES)})")
+    if importlib.util.find_spec("libtpu") is None and not os.path.isfile(os.environ.get("TPU_LIBRARY_PATH", "")):
+        raise ValueError(
+            f"topology {topology!r}: libtpu, the compiler for TPUs, is not installed; pip install \"peftjax[plan]\""
+        )
     chips = math.prod(map(int, found[2].split("x")))
     # Without these, the compiler asks a metadata server that is not there which machine it is on.
     here = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
@@ -92,9 +96,8 @@ def devices(topology: str) -> list[Any]:
 
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     except Exception as error:
-        raise ValueError(
-            f'topology {topology!r}: no compiler for it here ({str(error).splitlines()[0]}); pip install "peftjax[plan]"'
-        ) from error
+        said = (str(error) or repr(error)).splitlines()[0]
+        raise ValueError(f"topology {topology!r}: the compiler refuses it: {said}") from error
 
 
 def plan(model: Planned, mesh: Mesh, method: Method | None, name: str = "", found: Roles | None = None) -> Cost:

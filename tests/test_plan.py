@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax.experimental import topologies
 from rich.console import Console
 
 import peftjax as pj
@@ -196,6 +197,39 @@ def test_the_command_prints_json(config, capsys):
 def test_what_is_wrong_is_named(config, arguments, words, capsys):
     assert plan.main(["--model", str(config), *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"hidden_size": "32"}, "hidden_size is '32', expected a whole number, 1 at least"),
+        ({"rope_scaling": "llama3"}, "rope_scaling is 'llama3', expected an object with a rope_type, or null"),
+        ({"num_hidden_layers": -2}, "num_hidden_layers is -2, expected a whole number, 1 at least"),
+        ({"head_dim": 7}, "head_dim is 7, expected an even number: its features turn in pairs"),
+    ],
+)
+def test_what_is_wrong_in_the_page_is_one_line(tmp_path, changes, words, capsys):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**TINY, **changes}))
+    assert plan.main(["--model", str(path), "--length=16"]) == 2
+    assert capsys.readouterr().err == f"plan: {path}: {words}\n"
+
+
+def test_no_compiler_is_told_from_one_that_refuses(monkeypatch, tmp_path):
+    for name in ("TPU_SKIP_MDS_QUERY", "TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID", "TPU_ACCELERATOR_TYPE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    monkeypatch.setenv("TPU_LIBRARY_PATH", str(tmp_path / "libtpu.so"))
+    with pytest.raises(ValueError, match=r'is not installed; pip install "peftjax\[plan\]"'):
+        plan.devices("v5e:2x4")
+
+    def refuses(**_):
+        raise jax.errors.JaxRuntimeError('INVALID_ARGUMENT: Topology layout "v5e:3x5" is not divisible\nmore')
+
+    (tmp_path / "libtpu.so").touch()
+    monkeypatch.setattr(topologies, "get_topology_desc", refuses)
+    with pytest.raises(ValueError, match='compiler refuses it: INVALID_ARGUMENT: .* "v5e:3x5" is not divisible$'):
+        plan.devices("v5e:3x5")
 
 
 @pytest.mark.skipif(

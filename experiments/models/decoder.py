@@ -5,11 +5,7 @@ Leaves are called as in Hugging Face's checkpoints, with the layers of one stack
 features, G heads of keys and values.
 """
 
-import dataclasses
-import json
 import math
-import re
-from pathlib import Path
 from typing import Any, Callable
 
 import flax.linen as nn
@@ -19,6 +15,7 @@ import optax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from experiments.models.decoder_config import Config, read_config
 from peftjax.plan import Planned
 from peftjax.sharding_rules import by_rules, within
 
@@ -29,9 +26,6 @@ RULES = (
     (r"model/embed_tokens/embedding", PartitionSpec("model", "fsdp")),
     (r"lm_head/kernel", PartitionSpec("fsdp", "model")),
 )
-# What another key would change, and this model does not do.
-PLAIN = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "sliding_window": None}
-TYPES = ("llama", "mistral")  # which are alike but for the window
 # What a layer keeps for its backward pass, by the name of its part, where it does not compute everything again.
 PARTS = ("q_proj", "k_proj", "v_proj", "attention", "o_proj", "gate_proj", "up_proj", "down_proj")
 REMAT = {
@@ -39,70 +33,6 @@ REMAT = {
     "products": jax.checkpoint_policies.save_only_these_names(*PARTS),
     "none": None,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """What a checkpoint's `config.json` says of the model, in its words."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    rope_scaling: Any = None
-    tie_word_embeddings: bool = False
-    remat: str = "layers"  # what is computed again: whole layers, all but "products", or "none"
-    dtype: Any = jnp.bfloat16
-    block: int = 1024  # how many queries attention takes at a time: of the keys, each block sees those that it may
-    stream: Any = None  # where the stream (B, T, D) lies, a NamedSharding; None leaves it to the compiler
-
-
-def read_config(path: str | Path, **changes: Any) -> Config:
-    """The model that a `config.json` of Hugging Face describes.
-
-    Args:
-      path: the file, or the folder that holds it.
-      **changes: fields of `Config` that are not the file's to say.
-
-    Raises:
-      ValueError: it is damaged, lacks a number, or describes what this model does not do.
-    """
-    path = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
-    try:
-        page = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: expected a config.json of the Llama family ({error})") from error
-    if not isinstance(page, dict):
-        raise ValueError(f"{path}: expected a config.json of the Llama family, found {type(page).__name__}")
-    if (kind := page.get("model_type", TYPES[0])) not in TYPES:
-        raise ValueError(f"{path}: model_type is {kind!r}, expected {' or '.join(TYPES)}: this decoder is no other")
-    if experts := [key for key in page if re.search("expert", key) and page[key]]:
-        raise ValueError(f"{path}: {experts[0]} is {page[experts[0]]!r}, expected none: this decoder has no experts")
-    for key, value in PLAIN.items():
-        if page.get(key, value) != value:
-            raise ValueError(f"{path}: {key} is {page[key]!r}, expected {value!r}: this decoder has no other")
-    heads = page.get("num_attention_heads", 0)
-    filled = {"num_key_value_heads": heads, **page}
-    filled.setdefault("head_dim", filled.get("hidden_size", 0) // max(1, heads))
-    if filled["head_dim"] is None:
-        filled["head_dim"] = filled["hidden_size"] // heads
-    known = {f.name: f.default is dataclasses.MISSING for f in dataclasses.fields(Config)}
-    if lacking := [name for name, needed in known.items() if needed and not filled.get(name)]:
-        raise ValueError(f"{path} says nothing of {', '.join(lacking)}; expected a config.json of the Llama family")
-    scaling = filled.get("rope_scaling")
-    if scaling is not None:
-        if scaling.get("rope_type", scaling.get("type")) != "llama3":
-            raise ValueError(f"{path}: rope_scaling is {scaling}, expected that of llama3, or none")
-        filled["rope_scaling"] = tuple(sorted((k, v) for k, v in scaling.items() if isinstance(v, (int, float))))
-    given = {
-        name: filled[name] for name in known if name in filled and name not in ("remat", "dtype", "block", "stream")
-    }
-    return Config(**{**given, **changes})
 
 
 def frequencies(c: Config) -> jax.Array:
