@@ -74,6 +74,7 @@ class Overlay(Laid):
     `base` is what it stands on: an array, or another overlay. Fields are `trained`, `frozen` or `static`;
     `locked` names the trained fields that no longer train, and `scale`, an array of 1 unless a method says otherwise, is
     what `peftjax.scale` and `disable` multiply. A field `key` and a static `dropout` make it one of `peftjax.with_key`.
+    Of itself it has `laid_at`, the path where a method laid it, which only messages read.
 
     An overlay of a weight gives its formula by `expand`: from the terms of its base, those of its own, products over the
     base's axes (`peftjax.factored`). wrap, merge and every view of the weight go by it. `labels` says which axis of a
