@@ -69,8 +69,8 @@ def by_rules(rules: Rules, params: Any, mesh: Mesh) -> Any:
       A tree of `PartitionSpec`, for `peftjax.train_state`.
 
     Raises:
-      ValueError: a rule that is no such pair, or wins no leaf; a spec of more entries than its leaf has axes, of an axis
-        twice, or of one that the mesh does not have.
+      ValueError: a rule that is no such pair, or wins no leaf; a spec of more entries than its leaf has axes, of an
+        axis twice, or of one that the mesh does not have.
 
     Example:
       >>> import jax.numpy as jnp
@@ -120,8 +120,8 @@ def within(rules: Rules, mesh: Mesh, batch_axes: Sequence[str] = BATCH_AXES) -> 
       batch_axes: the axes over which examples are split, as `peftjax.make_train_step` has them.
 
     Raises:
-      ValueError: a rule that is no pair, or an axis of the mesh, of more than one device, that splits neither weights nor
-        examples.
+      ValueError: a rule that is no pair, or an axis of the mesh, of more than one device, that splits neither weights
+        nor examples.
 
     Example:
       >>> mesh = make_mesh("data:1", jax.devices()[:1])
