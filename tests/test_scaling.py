@@ -32,6 +32,11 @@ def test_the_readme_is_of_these_rows():
     assert [words for words in said if words not in readme] == []
 
 
+def test_every_row_says_what_compiled_it_and_took_less_than_two_minutes():
+    assert {tuple(r["versions"]) for r in EVERY} == {("jax", "libtpu")}
+    assert 0 < max(r["seconds"] for r in EVERY) < 120
+
+
 def test_the_page_is_of_these_rows():
     assert (HERE / "scaling.md").read_text() == scaling.page(ROWS)
     chips = {name: [r["devices"] for r in ROWS if r["name"] == name] for name in scaling.METHODS}
