@@ -6,8 +6,9 @@
 Batch 16 x 128, AdamW, float32, no dropout; LoRA of rank 8 on every linear layer and a fresh head. Times on a shared
 machine wobble: read the median of the ratios and their spread, not the seconds.
 
-Measured on two shared cores, jax 0.10.2: 0.699 of the FLOPs, 1.037 of the memory, 0.77 of the time (median of 9 rounds,
-0.66 to 1.27). What limits it: of a full step's time about two thirds are matrix products, of which LoRA saves the third
+Measured on two shared cores, jax 0.10.2: 0.699 of the FLOPs, 1.037 of the memory, 0.74 of the time (median of 21 rounds,
+0.51 to 0.94; of 9 rounds at other times 0.67 and 0.77); jax 0.12: 0.700, 1.041 and 0.73 (15 rounds, 0.67 to 0.81). What
+limits it: of a full step's time about two thirds are matrix products, of which LoRA saves the third
 that makes the gradients of weights; attention's softmax, GELU and the norms cost the same in both. Two things that XLA on
 CPU does had to be kept from happening: turning the activations for the gradient of A and B (0.94 of the time with it),
 and holding both `x W` and `(x A) B` for the backward pass of what follows (1.16 of the memory), which summing the weights
