@@ -53,10 +53,13 @@ def sums(params: Any) -> dict[str, Any]:
     Returns:
       What `compare` compares, as `fingerprint` does.
     """
-    whole = lambda x: jax.random.key_data(x) if _is_key(x) else jnp.asarray(x)
-    arrays = {path: whole(x) for path, x in sorted(unique(flatten(params)).items())}
-    found = {path: _sum(x) for path, x in arrays.items()}
-    leaves = {path: [short(x), f"{int(found[path]):08x}"] for path, x in arrays.items()}
+    leaves = {}
+    # A sum of what is split over processes is a collective. Of two that are under way at once, or of one and the step that
+    # makes the array, processes may take another first, and wait for each other for ever: so one at a time.
+    jax.block_until_ready(params)
+    for path, x in sorted(unique(flatten(params)).items()):
+        x = jax.random.key_data(x) if _is_key(x) else jnp.asarray(x)
+        leaves[path] = [short(x), f"{int(_sum(x)):08x}"]
     return {"sha256": hashlib.sha256(json.dumps(leaves).encode()).hexdigest(), "leaves": leaves}
 
 

@@ -272,7 +272,7 @@ def test_runs_that_differ_in_any_setting_have_their_own_folders(place, tmp_path,
     c = tiny(comparing.get_config(), place, **small, baselines=("words",), rows=(32, 96), passes=(3, 3), seeds=(0,))
     c.winners, c.rate.lora = "", 3e-2
     with monkeypatch.context() as patch:
-        patch.setattr(compare.running, "forget", lambda folder: None)
+        patch.setattr(compare.running, "forget", lambda folder, result: None)
         found = printed(compare.run, c)[0]
     assert readable(tmp_path / "compare") == [f"mine-lora-seed0-rank8-rate0.03-rows{n}" for n in (32, 96)]
     assert not list((tmp_path / "sweep").rglob("checkpoints"))  # nobody goes on from runs that are rows

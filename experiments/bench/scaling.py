@@ -46,6 +46,7 @@ class Plan:
     mesh: str = "fsdp:-1"
     remat: str = "layers"
     batch: int | None = None
+    length: int = 4096
 
 
 SCALED = [Plan(topology, name) for name in METHODS for topology in SLICES.values()]
@@ -53,16 +54,17 @@ BESIDE = [
     *(Plan("v5p:4x4x4", name) for name in METHODS),
     Plan("v5e:2x4", "lora", "fsdp:4,model:2", "products", 4),
     Plan("v5e:2x4", "full", "fsdp:4,model:2", "layers", 4),
+    *(Plan("v5e:2x4", name, "fsdp:2,model:4", length=1024) for name in METHODS),
 ]
 
 
-def compiled(plan: Plan, model: Path = MODEL, length: int = 4096) -> Row:
+def compiled(plan: Plan, model: Path = MODEL) -> Row:
     """A row, compiled in a process of its own."""
     command = [sys.executable, "-m", "peftjax.plan", f"--model={model}", f"--topology={plan.topology}"]
     command += [f"--mesh={plan.mesh}", f"--remat={plan.remat}", *([f"--batch={plan.batch}"] if plan.batch else [])]
     env = {"JAX_PLATFORMS": "cpu", **os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [*command, f"--length={length}", f"--methods={plan.method}", "--json"],
+        [*command, f"--length={plan.length}", f"--methods={plan.method}", "--json"],
         cwd=ROOT,
         env=env,
         capture_output=True,
