@@ -287,7 +287,7 @@ def products(draw):
     return w, through, x, mine, other, draw(st.booleans())
 
 
-@examples(80, products)
+@examples(50, products, parts=8)
 def test_dot_general(w, through, x, mine, other, left):
     pair = lambda first, second: ((first[0], second[0]), (first[1], second[1]))
 
@@ -313,7 +313,7 @@ def einsums(draw):
     return w, through, numbers(*(sizes[k] for k in x)), f"{mine},{x}->{out}" if left else f"{x},{mine}->{out}", left
 
 
-@examples(60, einsums)
+@examples(40, einsums, parts=8)
 def test_einsum(w, through, x, spec, left):
     return Use(w, through, lambda w, x: jnp.einsum(spec, *((w, x) if left else (x, w))), (x,), merges=False)
 
@@ -370,7 +370,7 @@ def convolutions(draw):
     return w, through, conv, numbers(*image), natural
 
 
-@examples(80, convolutions)
+@examples(50, convolutions, parts=8)
 def test_conv_general_dilated(w, through, conv, x, natural):
     return Use(w, through, conv, (x,), merges=not natural)
 
