@@ -204,6 +204,7 @@ def test_sigterm_during_validation_saves_and_ends_the_run(epoch, whole, tmp_path
     goes_on_to(whole, tmp_path)
 
 
+@pytest.mark.full  # of two processes it is a default test, in test_processes.py
 def test_a_full_disk_leaves_the_checkpoint_before(whole, tmp_path):
     stopped(started(tmp_path, steps=8, pause=0.02), signal.SIGKILL)
     with Runs(tmp_path / "runs", METHOD) as runs:
