@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from peftjax.flat import unique
-from peftjax.overlay import short
+from peftjax.overlay import is_key, short
 from peftjax.paths import flatten
 
 
@@ -33,12 +33,8 @@ def fingerprint(params: Any) -> dict[str, Any]:
 
 
 def _bytes(x: Any) -> memoryview:
-    x = jax.random.key_data(x) if _is_key(x) else x
+    x = jax.random.key_data(x) if is_key(x) else x
     return np.ascontiguousarray(jax.device_get(x)).reshape(-1).view(np.uint8).data
-
-
-def _is_key(x: Any) -> bool:
-    return jax.dtypes.issubdtype(getattr(x, "dtype", None), jax.dtypes.prng_key)
 
 
 def sums(params: Any) -> dict[str, Any]:
@@ -58,7 +54,7 @@ def sums(params: Any) -> dict[str, Any]:
     # makes the array, processes may take another first, and wait for each other for ever: so one at a time.
     jax.block_until_ready(params)
     for path, x in sorted(unique(flatten(params)).items()):
-        x = jax.random.key_data(x) if _is_key(x) else jnp.asarray(x)
+        x = jax.random.key_data(x) if is_key(x) else jnp.asarray(x)
         leaves[path] = [short(x), f"{int(_sum(x)):08x}"]
     return {"sha256": hashlib.sha256(json.dumps(leaves).encode()).hexdigest(), "leaves": leaves}
 

@@ -217,6 +217,11 @@ def is_overlay(x: Any) -> bool:
     return isinstance(x, Overlay)
 
 
+def is_key(x: Any) -> bool:
+    """Whether x is a typed PRNG key, or an array of them."""
+    return jax.dtypes.issubdtype(getattr(x, "dtype", None), jax.dtypes.prng_key)
+
+
 def type_of(x: Any) -> Any:
     """The logical type of an array, an abstract array, or an overlay."""
     return x.type if isinstance(x, Overlay) else compat.type_of(x)

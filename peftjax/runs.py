@@ -26,7 +26,7 @@ except ModuleNotFoundError as error:
 from peftjax.fingerprint import compare, sums
 from peftjax.flat import unique
 from peftjax.method import Method
-from peftjax.overlay import short
+from peftjax.overlay import is_key, short
 from peftjax.roles import Roles
 from peftjax.training import TrainState
 from peftjax.tree import entries, strip
@@ -237,7 +237,7 @@ class Runs:
         except Exception as error:
             raise ValueError(
                 f"{self.folder}, checkpoint {at} cannot be read, so it is damaged, or `Runs` did not write it; to go on "
-                f"from an earlier one, delete its folder: {type(error).__name__}: {_reason(error)}"
+                f"from an earlier one, delete its folder: {type(error).__name__}: {_line(error)}"
             ) from error
 
     def _page(self, state: TrainState, held: Mapping[str, Any]) -> dict[str, Any]:
@@ -303,7 +303,7 @@ def _filled(state: TrainState, found: Mapping[str, Any]) -> TrainState:
     """The state with the arrays of a checkpoint in the place of its own."""
     moving = jax.tree_util.tree_map_with_path(lambda path, _: found[_name(path)], _moving(state))
     key: Any = found.get("key")
-    if state.key is not None and jax.dtypes.issubdtype(state.key.dtype, jax.dtypes.prng_key):
+    if is_key(state.key):
         key = jax.random.wrap_key_data(key, impl=jax.random.key_impl(state.key))
     own = (found.get(f"frozen/{e.key}", e.value) for e in entries(state.tuned) if not e.trains)
     frozen = jax.tree.map(lambda _: next(own), state.frozen)

@@ -6,6 +6,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from peftjax.overlay import is_key
+
 
 def abstract(x: Any) -> bool:
     """Whether x is a type without values."""
@@ -26,7 +28,7 @@ def put(x: Any, sharding: NamedSharding) -> Any:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     if sharding.is_fully_addressable or not getattr(x, "is_fully_addressable", True):
         return jax.device_put(x, sharding)
-    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if is_key(x):
         data = np.asarray(jax.random.key_data(x))
         key = jax.make_array_from_callback(data.shape, sharding, lambda part: data[part])
         return jax.random.wrap_key_data(key, impl=jax.random.key_impl(x))

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from peftjax.overlay import Overlay, layers
+from peftjax.overlay import Overlay, is_key, layers
 from peftjax.paths import flatten
 from peftjax.targets import Targets, choose
 from peftjax.tree import map_layers, map_leaves
@@ -118,7 +118,7 @@ def with_key(tuned: Any, key: Any) -> Any:
     """
     if key is not None and not hasattr(key, "dtype"):
         raise TypeError(f"with_key: expected a random key, such as jax.random.key(0), or None; found {key!r}")
-    if key is not None and not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
+    if key is not None and not is_key(key):
         key = jax.random.wrap_key_data(key)
 
     def keyed(path: str, x: Overlay) -> Any:

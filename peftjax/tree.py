@@ -4,7 +4,7 @@ from typing import Any, Callable, NamedTuple
 
 import jax
 
-from peftjax.overlay import Overlay, Ref, is_overlay, layers
+from peftjax.overlay import Overlay, Ref, is_key, is_overlay, layers
 from peftjax.paths import flatten, path_of
 from peftjax.weight import materialise
 
@@ -30,7 +30,7 @@ class Entry(NamedTuple):
     @property
     def is_key(self) -> bool:
         """Whether this is a random key."""
-        return jax.dtypes.issubdtype(getattr(self.value, "dtype", None), jax.dtypes.prng_key)
+        return is_key(self.value)
 
 
 def entries(tuned: Any) -> list[Entry]:

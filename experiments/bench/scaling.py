@@ -5,7 +5,7 @@
 compiles a step of LoRA and of full fine-tuning for v5e slices (the extra `plan` brings the compiler), an example of 4,096
 tokens for each chip, everything split over all chips ("fsdp"), and what the README shows beside these. It writes
 `scaling.json`, and from it `scaling.md` and `scaling.png`. What `scaling.json` holds already is not compiled again: a row
-takes about a minute on two idle cores (51 to 84 s, as `scaling.json` says of each), and three or four beside other work.
+takes about a minute on two idle cores (44 to 84 s, as `scaling.json` says of each), and three or four beside other work.
 """
 
 import argparse
