@@ -93,12 +93,17 @@ def not_finite(named: Iterable[tuple[str, Any]]) -> list[str]:
     """The names of the arrays that hold a NaN or an infinity; arrays that have no value yet are passed over."""
     known = [(k, x) for k, x in named if isinstance(x, (jax.Array, np.ndarray)) and not compat.is_traced(x)]
     with jax.ensure_compile_time_eval():
-        flags = {k: _is_finite(x) for k, x in known if jnp.issubdtype(x.dtype, jnp.inexact)}
+        flags = {k: _finite(x) for k, x in known if jnp.issubdtype(x.dtype, jnp.inexact)}
         return [k for k, fine in jax.device_get(flags).items() if not fine]
 
 
+def _finite(x: jax.Array | np.ndarray) -> Any:
+    """Whether all of an array is finite, asked where the array lies: a file's is not sent to a device for it."""
+    return np.isfinite(x).all() if isinstance(x, np.ndarray) else _finite_on_devices(x)
+
+
 @jax.jit
-def _is_finite(x: Any) -> Any:
+def _finite_on_devices(x: Any) -> Any:
     return jnp.isfinite(x).all()
 
 
@@ -120,6 +125,5 @@ def unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 def _placed(new: Any, old: Any) -> Any:
     if isinstance(new, jax.Array):
         return new
-    if isinstance(old, jax.Array) and isinstance(old.sharding, jax.sharding.NamedSharding):
-        return jax.device_put(np.array(new), old.sharding)
-    return jnp.array(new, copy=True)
+    named = isinstance(old, jax.Array) and isinstance(old.sharding, jax.sharding.NamedSharding)
+    return jax.device_put(np.array(new), old.sharding if named else None)

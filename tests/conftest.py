@@ -7,6 +7,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # Most of the time of small tests is compiling: unoptimised machine code takes half of it. The optimisation of the
 # program itself, which counts of operations and of memory depend on, stays as it is.
 flags = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
+flags += ["--xla_cpu_parallel_codegen_split_count=1"]  # small programs are not worth the threads: a tenth, on newer jax
 # Of jax 0.10's two code generators the older takes two thirds of the time; later ones have one. It has no bfloat16
 # products, and rounds otherwise: `USUAL` are the options of a program that needs the one that users have.
 USUAL: dict[str, bool] = {}
@@ -25,6 +26,7 @@ import jax
 import pytest
 
 gc.set_threshold(50_000, 20, 50)  # tracing makes many objects, and few circles: a tenth of the time
+jax.config.update("jax_traceback_in_locations_limit", 0)  # where each operation was written: a fourteenth of the time
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -38,7 +38,7 @@ def flax_tree(tensors, tree):
         modules = [re.sub(r"^layer_(?=\d)", "", name) for name in path[:-1] if name not in ("params", "batch_stats")]
         tensor = tensors[".".join((*modules, LAST.get(path[-1], path[-1])))]
         turned = (2, 3, 1, 0) if tensor.ndim == 4 else (1, 0)
-        made[path] = jnp.asarray(tensor.transpose(turned) if path[-1] == "kernel" else tensor)
+        made[path] = jax.device_put(tensor.transpose(turned) if path[-1] == "kernel" else tensor)
     return unflatten_dict(made)
 
 
@@ -77,8 +77,8 @@ def built(name):
     folder = GOLDEN / name / "base"
     with warnings.catch_warnings(), usual():
         warnings.simplefilter("ignore")
-        made = kind(config.from_json_file(folder / "config.json"))
-    return made, flax_tree(load_file(folder / "model.safetensors"), made.params)
+        made = kind(config.from_json_file(folder / "config.json"), _do_init=False)
+    return made, flax_tree(load_file(folder / "model.safetensors"), made.params_shape_tree)
 
 
 @functools.lru_cache

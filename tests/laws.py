@@ -502,9 +502,9 @@ def moved(tuned: Any, seed: int) -> Any:
 
 
 def _placed(x: Any, sharding: Any) -> jax.Array:
-    """The array where the sharding says, cut by numpy: on devices, every shape would compile a program of its own."""
+    """The array where the sharding says, cut by numpy: `jnp` would compile a program for every shape."""
     if not isinstance(sharding, NamedSharding):
-        return jnp.asarray(x)
+        return jax.device_put(x)
     return jax.device_put(x if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else np.asarray(x), sharding)
 
 
@@ -649,7 +649,7 @@ def _with_negative_zeros(tuned: Any) -> Any:
     def negative(x: Any) -> Any:
         if not jnp.issubdtype(x.dtype, jnp.floating):
             return x
-        return jnp.asarray(np.where(np.arange(x.size).reshape(x.shape) == 0, np.asarray(-0.0, x.dtype), x))
+        return jax.device_put(np.where(np.arange(x.size).reshape(x.shape) == 0, np.asarray(-0.0, x.dtype), x))
 
     return pj.combine(trainable, jax.tree.map(negative, frozen))
 
@@ -663,7 +663,7 @@ def law_6(method: str, model: str) -> None:
     before = len(it.traces)
     others = [it.run(tuned)[0] for tuned in trees[1:]]
     assert len(it.traces) == before, f"{len(it.traces) - before} traces more, expected none"
-    differs = lambda other: any((np.asarray(x) != y).any() for x, y in zip(found, other, strict=True))
+    differs = lambda other: any((np.asarray(x) != np.asarray(y)).any() for x, y in zip(found, other, strict=True))
     assert (method, model) in FLAT or all(map(differs, others))
     jitted = jax.jit(it.apply)
     inside = jit(stepping(it.model, lambda t, f, *args: jitted(pj.combine(t, f), *args)), it.model)
@@ -719,13 +719,13 @@ def law_9(method: str, model: str) -> None:
     parts = [pj.partition(tuned)[0] for tuned in trees]
     frozen = pj.partition(it.tuned)[1]
     varies = [jnp.issubdtype(x.dtype, jnp.floating) for x in it.args]
-    examples = [[x * jnp.asarray(k, x.dtype) if v else x for x, v in zip(it.args, varies)] for k in (1, -1, 0.5)]
-    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *parts)
-    batch = [jnp.stack(xs) if v else xs[0] for v, *xs in zip(varies, *examples)]
+    examples = [[x * np.asarray(k, x.dtype) if v else x for x, v in zip(it.args, varies)] for k in (1, -1, 0.5)]
+    stacked = jax.tree.map(lambda *xs: np.stack(xs), *parts)
+    batch = [np.stack(xs) if v else xs[0] for v, *xs in zip(varies, *examples)]
     run = lambda t, *args: outputs(it.model, it.apply(pj.combine(t, frozen), *args))
     got = jit(jax.vmap(run, in_axes=(0, *(0 if v else None for v in varies))), it.model)(stacked, *batch)
     for k, (tuned, args) in enumerate(zip(trees, examples)):
-        close([y[k] for y in got], it.run(tuned, args)[0], it.between, f"adapter {k}")
+        close([np.asarray(y)[k] for y in got], it.run(tuned, args)[0], it.between, f"adapter {k}")
 
 
 def law_10(method: str, model: str) -> None:
@@ -825,7 +825,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def _with_nan(tuned: Any) -> Any:
     trainable, frozen = pj.partition(tuned)
-    return pj.combine(jax.tree.map(lambda x: jnp.asarray(np.full(x.shape, np.nan, x.dtype)), trainable), frozen)
+    return pj.combine(jax.tree.map(lambda x: np.full(x.shape, np.nan, x.dtype), trainable), frozen)
 
 
 LAWS: dict[int, Callable[[str, str], None]] = {n: globals()[f"law_{n}"] for n in range(1, 13)}

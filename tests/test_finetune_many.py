@@ -69,6 +69,7 @@ def child(index, port, folder):
     jax.distributed.shutdown()
 
 
+@pytest.mark.full
 def test_two_processes_give_what_one_device_gives(place, alone):  # noqa: F811
     """Each reads its part of the batches, both write the checkpoints, one prints and leaves the results."""
     port = free_port()

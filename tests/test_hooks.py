@@ -92,7 +92,7 @@ def gained(params, roles, where, on_bias):
         order = [k for k, letter in enumerate(axes) if letter in "sb"] + [k for k, letter in enumerate(axes) if letter == "o"]
         w = np.transpose(w, np.argsort(order)) if w.ndim == len(order) else w
         w = np.expand_dims(w, [k for k, letter in enumerate(axes) if letter == "i"])
-        return jnp.asarray(np.asarray(x) * (1 + w).astype(x.dtype))
+        return jax.device_put(np.asarray(x) * (1 + w).astype(x.dtype))
 
     return tuned, jax.tree_util.tree_map_with_path(scaled, params), len(placed)
 

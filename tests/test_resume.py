@@ -170,7 +170,7 @@ def killed_and_restarted(folder, whole, kills, epochs):
 
 
 def test_killed_at_any_moment_it_goes_on_bit_by_bit(whole, tmp_path):
-    killed_and_restarted(tmp_path, whole, 3, EPOCHS)
+    killed_and_restarted(tmp_path, whole, 2, EPOCHS)
 
 
 @pytest.mark.full

@@ -98,11 +98,11 @@ def path_of(keys: tuple[Any, ...]) -> str:
 
 
 def data(*shape: int, dtype: Any = jnp.float32, seed: int = 0) -> jax.Array:
-    return jnp.asarray(np.random.default_rng((seed, *shape)).standard_normal(shape), dtype)
+    return jax.device_put(np.random.default_rng((seed, *shape)).standard_normal(shape).astype(dtype))
 
 
 def ids(*shape: int, vocab: int, seed: int = 0) -> jax.Array:
-    return jnp.asarray(np.random.default_rng((seed, *shape)).integers(0, vocab, shape), jnp.int32)
+    return jax.device_put(np.random.default_rng((seed, *shape)).integers(0, vocab, shape).astype(np.int32))
 
 
 def shape(*dims: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
@@ -131,7 +131,7 @@ def _numbers(path: str, leaf: jax.ShapeDtypeStruct, axes: str | None) -> jax.Arr
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jax.random.key(zlib.crc32(path.encode()))
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        return jnp.zeros(leaf.shape, leaf.dtype)
+        return jax.device_put(np.zeros(leaf.shape, leaf.dtype))
     assert axes is None or len(axes) == len(leaf.shape), (path, axes, leaf.shape)
     noise = np.random.default_rng(zlib.crc32(path.encode())).standard_normal(leaf.shape)
     name = path.split("/")[-1]
@@ -141,7 +141,7 @@ def _numbers(path: str, leaf: jax.ShapeDtypeStruct, axes: str | None) -> jax.Arr
         noise = 0.2 * noise
     elif axes and name not in ("embedding", "table"):
         noise = noise / np.sqrt(np.prod([n for n, axis in zip(leaf.shape, axes) if axis == "i"]))
-    return jnp.asarray(noise, leaf.dtype)
+    return jax.device_put(noise.astype(leaf.dtype))
 
 
 def linen(module: nn.Module, *args: Any, **kwargs: Any) -> Example:
