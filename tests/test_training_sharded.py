@@ -267,7 +267,7 @@ def layers_gathered(compiled, sizes):
     return found
 
 
-@pytest.mark.parametrize("name, remat", some(list(itertools.product(["lora", "dora", "adapter"], ["layers", "none"])), 3))
+@pytest.mark.parametrize("name, remat", some(list(itertools.product(["lora", "dora", "adapter"], ["layers", "none"])), 6))
 def test_a_scanned_layer_is_gathered_as_often_as_by_the_passes_of_the_base(name, remat, tmp_path):
     """Once going forward and once going back, of which the second has every layer computed again."""
     (tmp_path / "config.json").write_text(json.dumps(DECODER))
