@@ -825,7 +825,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def _with_nan(tuned: Any) -> Any:
     trainable, frozen = pj.partition(tuned)
-    return pj.combine(jax.tree.map(lambda x: np.full(x.shape, np.nan, x.dtype), trainable), frozen)
+    return pj.combine(jax.tree.map(lambda x: jax.device_put(np.full(x.shape, np.nan, x.dtype)), trainable), frozen)
 
 
 LAWS: dict[int, Callable[[str, str], None]] = {n: globals()[f"law_{n}"] for n in range(1, 13)}
