@@ -364,10 +364,12 @@ POOLS = {
 SEEN = {"mean": "reduce_sum", "einsum": "dot_general", "max": "reduce_max", "index": "gather.*index"}
 
 
-@pytest.mark.parametrize("side", ["first", "last"])
-@pytest.mark.parametrize("kind", ["prompt", "prefix"])
-@pytest.mark.parametrize("pool", POOLS)
-def test_pooling_that_would_see_virtual_rows_raises(pool, kind, side):
+PLACED = [("prompt", "first"), ("prefix", "last"), ("prompt", "last"), ("prefix", "first")]
+
+
+@pytest.mark.parametrize("pool, placed", covered(list(POOLS), PLACED))
+def test_pooling_that_would_see_virtual_rows_raises(pool, placed):
+    kind, side = placed
     fn, params = pooled(POOLS[pool])
     tuned = drawn(METHODS[kind].init(KEY, params, pj.roles(fn, params, IDS, MASK)))
     run = lambda **options: pj.wrap_tokens(fn, side=side, **options)(tuned, IDS, MASK)
@@ -583,8 +585,7 @@ def of_positions(kind):
     return fn, tuned, call
 
 
-@pytest.mark.parametrize("kind", ["prompt", "prefix"])
-@pytest.mark.parametrize("said", PACKED)
+@pytest.mark.parametrize("said, kind", covered(list(PACKED), ["prompt", "prefix"]))
 def test_packed_rows_are_nan_where_values_are_traced(said, kind):
     """And their gradients; other rows stay as they are."""
     fn, tuned, call = of_positions(kind)
