@@ -260,12 +260,12 @@ def test_runs_that_differ_in_any_setting_have_their_own_folders(place, tmp_path,
     small = {"methods": ("lora",), "out": str(tmp_path), "resume": "auto", "tensorboard": True}
     c = tiny(sweeping.get_config(), place, **small, rows=32, epochs=1, seeds=(0,))
     with c.unlocked():
-        c.rates.lora, c.sizes.lora = (1e-3,), (2, 4)
+        c.rates.lora, c.sizes.lora = (1e-3, 3e-2), (2, 4)
     printed(sweep.run, c)
-    names = [f"mine-lora-seed0-rank{size}-rate0.001-rows32" for size in (2, 4)]
+    names = [f"mine-lora-seed0-rank{size}-rate{rate}-rows32" for size in (2, 4) for rate in (0.001, 0.03)]
     assert readable(tmp_path / "sweep") == names
     with c.unlocked():
-        c.lora.alpha, c.sizes.lora = 3.0, (2,)
+        c.lora.alpha, c.rates.lora, c.sizes.lora = 3.0, (1e-3,), (2,)
     printed(sweep.run, c)
     assert readable(tmp_path / "sweep") == [names[0], *names]
     assert all(len(list((run / "tensorboard").iterdir())) == 1 for run in (tmp_path / "sweep").iterdir())
