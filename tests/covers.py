@@ -1,24 +1,23 @@
-"""Which cases of a table run by default: the others are marked `full`."""
+"""Which cases of a table run by default: the others are marked `full`, or `ci` where they run before a change lands."""
 
 import itertools
-from typing import Any, Iterator, Sequence
+from typing import Any, Iterable, Sequence
 
 import pytest
 
 
-def covered(*lists: Sequence[Any]) -> list[Any]:
-    """Every combination; those run by default that hold each entry of each list once, as far as the lists are as long."""
-    kept = {tuple(k % len(x) for x in lists) for k in range(max(map(len, lists)))}
-    return list(_marked(lists, kept))
+def covered(*lists: Sequence[Any], at: Iterable[int] | None = None) -> list[Any]:
+    """Every combination; those run by default that hold each entry of each list once, as far as the lists are as long.
+
+    Of these, only those of the numbers `at`, if given; the others of these are marked `ci`.
+    """
+    whole = range(max(map(len, lists)))
+    kept = {tuple(k % len(x) for x in lists): () if at is None or k in at else pytest.mark.ci for k in whole}
+    every = itertools.product(*(range(len(x)) for x in lists))
+    return [pytest.param(*(x[k] for x, k in zip(lists, case)), marks=kept.get(case, pytest.mark.full)) for case in every]
 
 
-def _marked(lists: Sequence[Sequence[Any]], kept: set[tuple[int, ...]]) -> Iterator[Any]:
-    for at in itertools.product(*(range(len(x)) for x in lists)):
-        values = [x[k] for x, k in zip(lists, at)]
-        yield pytest.param(*values, marks=() if at in kept else pytest.mark.full)
-
-
-def some(cases: Sequence[Any], every: int) -> list[Any]:
-    """The first of every so many runs by default; a case is one value, or a tuple of several."""
+def some(cases: Sequence[Any], every: int, others: Any = pytest.mark.full) -> list[Any]:
+    """The first of every so many runs by default, `others` marks the rest; a case is one value, or a tuple of several."""
     values = [case if isinstance(case, tuple) else (case,) for case in cases]
-    return [pytest.param(*x, marks=pytest.mark.full if k % every else ()) for k, x in enumerate(values)]
+    return [pytest.param(*x, marks=others if k % every else ()) for k, x in enumerate(values)]

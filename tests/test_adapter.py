@@ -142,7 +142,6 @@ def agree(kind, fn, params, args, twin, tolerance=1e-5, **options):
 
 
 ALL = ["houlsby", "pfeiffer", "parallel", "scaled_parallel"]
-KIND = pytest.mark.parametrize("kind", ALL)
 
 
 def drawn(shapes, dtype=jnp.float32):
@@ -183,7 +182,7 @@ def test_the_equations_before_and_after_a_norm(kind, post):
     assert (tuned["first"]["down"].norm_scale == pj.Ref("g")) == (kind == "pfeiffer" and post is not None)
 
 
-@KIND
+@pytest.mark.parametrize("kind", covered(ALL, at=(0, 1)))
 def test_channels_first(kind):
     """A convolution whose features are the second axis, with a bias."""
 
@@ -204,7 +203,7 @@ def test_channels_first(kind):
     )
 
 
-@KIND
+@pytest.mark.parametrize("kind", covered(ALL, at=(1, 2)))
 def test_weights_on_the_left(kind):
     """Features first, examples last."""
     params = drawn({"w": (4, 4)})
@@ -216,7 +215,7 @@ def test_weights_on_the_left(kind):
     agree(kind, fn, params, (X[0].T,), twin)
 
 
-@KIND
+@pytest.mark.parametrize("kind", covered(ALL, at=(2, 3)))
 def test_experts_have_an_adapter_each(kind):
     params = drawn({"w": (3, 4, 4)})
     fn = lambda p, x: (x := jnp.sin(x), x + jnp.einsum("ebi,eio->ebo", x, p["w"]))[1]
@@ -226,7 +225,7 @@ def test_experts_have_an_adapter_each(kind):
     assert tuned["w"].down.shape == (3, 4, 3) and tuned["w"].scale.shape == (3,)
 
 
-@pytest.mark.parametrize("kind, post", covered(ALL, [False, True]))
+@pytest.mark.parametrize("kind, post", covered(ALL, [False, True], at=(0, 1)))
 def test_scanned_layers_have_an_adapter_each(kind, post):
     """The norm after the sum is stacked too."""
     params = drawn({"w": (3, 4, 4), "g": (3, 4)})
@@ -272,7 +271,7 @@ class TwinBlock(zoo.Block):
         )
 
 
-@pytest.mark.parametrize("kind, name", covered(ALL, ["linen_scan", "linen_scan_remat"]))
+@pytest.mark.parametrize("kind, name", some([(k, n) for k in ALL for n in ("linen_scan", "linen_scan_remat")], 5))
 def test_linen_blocks(kind, name):
     fn, params, args = zoo.MODELS[name].make()
     ends = {"at_down": "down", "at_out": "attention/out"} if kind == "houlsby" else {"at_down": "down"}
@@ -287,7 +286,7 @@ def test_linen_blocks(kind, name):
     agree(kind, fn, params, args, twin)
 
 
-@KIND
+@pytest.mark.parametrize("kind", covered(ALL, at=(0, 3)))
 def test_nnx_stack(kind):
     fn, params, args = zoo.MODELS["nnx_scan"].make()
 
@@ -510,7 +509,8 @@ def test_merging_says_what_to_do_instead():
 
 @pytest.mark.third_party
 @pytest.mark.parametrize(
-    "name, kind", some([(n, k) for n in CASES if n[:4] not in ("Bert", "Llam") for k in ("pfeiffer", "scaled_parallel")], 5)
+    "name, kind",
+    covered([n for n in CASES if n[:4] not in ("Bert", "Llam")], ["pfeiffer", "scaled_parallel"], at=(3,)),
 )
 def test_on_models_of_transformers(name, kind, clip_of_old):
     fn, params, inputs = built(name)

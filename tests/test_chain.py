@@ -206,7 +206,7 @@ CHAINS = {  # the methods, and the kind of adapter among them
     "biases_pfeiffer": ((pj.bitfit(), pj.adapter("pfeiffer", bottleneck=3)), "pfeiffer"),
 }
 MODELS = ("linen_post", "linen_pre_scan", "nnx_post", "linen_pre", "linen_post_scan")
-CASES = [(chain, MODELS[n % 5]) for n, chain in enumerate(CHAINS)]
+CASES = some([(chain, MODELS[n % 5]) for n, chain in enumerate(CHAINS)], 3, others=pytest.mark.ci)
 MORE = [pytest.param(chain, MODELS[(n + 2) % 5], marks=pytest.mark.full) for n, chain in enumerate(CHAINS)]
 
 

@@ -172,6 +172,7 @@ def test_each_layer_has_a_rate(roles, start):
     assert max(span.first for span in spans(start[0], roles).values()) == 4
 
 
+@pytest.mark.ci
 def test_a_page_slows_early_layers_down(roles, start):
     """By what it says, in the optimizer of every strategy."""
     tuned, c = pj.last_layers(9).init(jax.random.key(0), start[0], roles), digits.get_config()
@@ -187,6 +188,7 @@ def test_a_page_slows_early_layers_down(roles, start):
     assert slower == {path: [0.5 ** (3 - depth(path))] for path in slower} and len({*map(str, slower.values())}) == 4
 
 
+@pytest.mark.ci
 def test_gradual_unfreezing_traces_once_a_stage(model, start, roles):
     """Each stage goes on where the one before it stopped, and one compiled step serves all of it."""
     traced, tuned, stats = [], start[0], start[1]
@@ -219,7 +221,7 @@ METHODS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("how", some(list(METHODS), 2))
+@pytest.mark.parametrize("how", some(list(METHODS), 4, others=pytest.mark.ci))
 def test_statistics_move_where_the_norm_trains(how, model, start, roles):
     """Where it does not, they stay as they are to the bit, and so do frozen leaves; where it does, both move."""
     method, live = METHODS[how]

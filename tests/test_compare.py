@@ -153,6 +153,7 @@ def test_every_method_with_a_size_can_be_swept_by_flags():
     assert "oft.block_size" in sweep.unheeded(c) and "loha.rank" not in sweep.unheeded(c)
 
 
+@pytest.mark.ci
 def test_a_method_that_came_to_no_end_has_no_winner_of_before(place, tmp_path):  # noqa: F811
     c = tiny(sweeping.get_config(), place, methods=("lora",), rows=96, epochs=1, seeds=(0,), out=str(tmp_path))
     with c.unlocked():
@@ -255,6 +256,7 @@ def readable(folder):
     return sorted(name for name, _, _ in found)
 
 
+@pytest.mark.ci
 def test_runs_that_differ_in_any_setting_have_their_own_folders(place, tmp_path, unplotted, monkeypatch):  # noqa: F811
     """With checkpoints and logs no run goes on from another's state: the results are those without checkpoints."""
     small = {"methods": ("lora",), "out": str(tmp_path), "resume": "auto", "tensorboard": True}
@@ -356,6 +358,7 @@ def test_a_baseline_that_cannot_be_computed_is_named(place, tmp_path, unplotted)
     assert [one["method"] for one in printed(compare.run, c)[0]] == ["head"]
 
 
+@pytest.mark.ci
 def test_runs_that_come_to_no_end_are_left_out(place, tmp_path):  # noqa: F811
     """Those behind them are done; scratch begins without pretraining; of one seed there is no deviation.
 
@@ -383,6 +386,7 @@ def test_runs_that_come_to_no_end_are_left_out(place, tmp_path):  # noqa: F811
     }
 
 
+@pytest.mark.ci
 def test_compiling_is_not_among_the_seconds(place, monkeypatch):  # noqa: F811
     """Every step that a run takes has been compiled when its clock begins, also by a later run with longer texts."""
     seen, whole = [], sweep.finetune.train

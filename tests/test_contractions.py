@@ -287,7 +287,7 @@ def products(draw):
     return w, through, x, mine, other, draw(st.booleans())
 
 
-@examples(30, products, parts=14)
+@examples(10, products, parts=42)
 def test_dot_general(w, through, x, mine, other, left):
     pair = lambda first, second: ((first[0], second[0]), (first[1], second[1]))
 
@@ -313,7 +313,7 @@ def einsums(draw):
     return w, through, numbers(*(sizes[k] for k in x)), f"{mine},{x}->{out}" if left else f"{x},{mine}->{out}", left
 
 
-@examples(25, einsums, parts=13)
+@examples(10, einsums, parts=34)
 def test_einsum(w, through, x, spec, left):
     return Use(w, through, lambda w, x: jnp.einsum(spec, *((w, x) if left else (x, w))), (x,), merges=False)
 
@@ -370,7 +370,7 @@ def convolutions(draw):
     return w, through, conv, numbers(*image), natural
 
 
-@examples(30, convolutions, parts=14)
+@examples(10, convolutions, parts=42)
 def test_conv_general_dilated(w, through, conv, x, natural):
     return Use(w, through, conv, (x,), merges=not natural)
 
@@ -388,7 +388,7 @@ def lookups(draw):
     return w, through, axis, ids, draw(st.sampled_from(("clip", "wrap")))
 
 
-@examples(20, lookups, parts=8)
+@examples(10, lookups, parts=16)
 def test_take_along_one_axis(w, through, axis, ids, mode):
     return Use(w, through, lambda w, ids: jnp.take(w, ids, axis=axis, mode=mode), (ids,))
 
@@ -402,6 +402,6 @@ def rowed(draw):
     return w, numbers(max(1, counts.sum()), width), counts, natural
 
 
-@examples(20, rowed, parts=5)
+@examples(10, rowed, parts=10)
 def test_ragged_dot(w, x, counts, natural):
     return Use(w, [], lambda w, x, counts: lax.ragged_dot(x, w, counts), (x, counts), merges=not natural)

@@ -200,7 +200,7 @@ def test_a_vmapped_model_maps_the_fields():
 # No aliasing
 
 
-@pytest.mark.parametrize("method", some(list(METHODS), 5))
+@pytest.mark.parametrize("method", some(list(METHODS), 8))
 def test_donating_what_trains_leaves_the_pretrained_tree_alone(method):
     it = case(method, usual(method))
     before = jax.tree.map(np.array, it.params)
@@ -653,7 +653,7 @@ def test_callbacks_see_what_they_saw():
 # Caching
 
 
-@pytest.mark.parametrize("method", some(list(METHODS), 3))
+@pytest.mark.parametrize("method", some(list(METHODS), 6))
 def test_an_eager_call_compiles_once_for_all_values(method):
     it = case(method, usual(method))
     jax.block_until_ready(it.apply(it.tuned, *it.args))

@@ -145,6 +145,7 @@ def test_the_scripts_run_as_files_and_give_the_same_bits(finished, place):
     assert done.stdout.startswith("good  0.") and done.stdout.endswith("  a great film\n")
 
 
+@pytest.mark.ci
 def test_full_fine_tuning(finished, place):
     """Every parameter trains, the pooler's too where it is the pooler that the head reads; and what it logs."""
     c = configured(place, method="full", epochs=1, pool="first", tensorboard=True, profile="3:5")
@@ -158,6 +159,7 @@ def test_full_fine_tuning(finished, place):
     assert profile.read_bytes().count(b"jit_advance") >= 2
 
 
+@pytest.mark.ci
 def test_a_network_without_pretraining_is_saved_as_one_that_was_tuned(place, tmp_path):
     """It begins elsewhere, and is read again over the weights that everyone has."""
     c = configured(place, method="scratch", epochs=2, out=str(tmp_path))

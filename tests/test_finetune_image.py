@@ -254,6 +254,7 @@ def saved_in(place):
     return [int(x.name) for x in place.glob("*") if x.name.isdigit()]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("stage,how", some([(2, signal.SIGKILL), (1, signal.SIGKILL), (2, signal.SIGTERM)], 3))
 def test_a_run_that_is_stopped_goes_on_to_the_bit(stage, how, finished, folder, tmp_path):
     """Within the stage where it was, its statistics too; and its checkpoints go when it is a row."""
@@ -288,6 +289,7 @@ def logged(folder, tmp_path_factory):
 SHORT = {"batch": 8, "steps": 8}
 
 
+@pytest.mark.ci
 def test_logs_and_a_profile_of_each_run(logged):
     for stage in ("stage1", "stage2"):
         place = logged[1] / stage
@@ -298,6 +300,7 @@ def test_logs_and_a_profile_of_each_run(logged):
         assert profile.read_bytes().count(b"jit_advance") >= 2
 
 
+@pytest.mark.ci
 def test_a_mesh_gives_what_one_device_gives(logged, folder, tmp_path):
     found, want = gradually(folder, tmp_path, mesh="data:2,fsdp:2,model:2", **SHORT), logged[0]
     assert [row["best"] for row in found.rows] == [row["best"] for row in want.rows]
@@ -336,6 +339,7 @@ class Shallow(nnx.Module):
         return self.classifier(self.fire3(self.fire2(self.conv1(x)))).mean((1, 2))
 
 
+@pytest.mark.ci
 def test_overlays_on_convolutions_train(folder, tmp_path, monkeypatch):
     """With the targets of SqueezeNet, to which no statistics belong."""
     net = dataclasses.replace(vision.NETS["squeezenet"], make=lambda n, rngs: Shallow(n, rngs=rngs))
@@ -632,6 +636,7 @@ def test_an_image_that_cannot_be_read_is_named(damage, kind, two):
         images.load(str(two), 8)
 
 
+@pytest.mark.ci
 def test_a_run_that_comes_to_no_end_is_left_out(folder, tmp_path):
     """The one behind it is done, and its last good state is where its row says; that of a run that ends is nowhere."""
     c = configured(folder, tmp_path, strategies=("last", "few", "probe"), steps=8, checks=1, resume="auto", failing=3)

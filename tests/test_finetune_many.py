@@ -51,6 +51,7 @@ def same(found, alone):
         np.testing.assert_allclose(found[2][name], x, atol=1e-3 * np.abs(x).max(), err_msg=name)
 
 
+@pytest.mark.ci
 def test_a_mesh_by_a_flag_gives_what_one_device_gives(place, alone):  # noqa: F811
     found = trained(place, "mesh", mesh="data:2,fsdp:2,model:2")
     assert (found[0]["device"]["count"], found[0]["device"]["processes"]) == (8, 1)

@@ -102,7 +102,7 @@ RAISES = {"fused_qkv_slices": "cut before the layer acts", "ragged_experts": "mi
 ACTS = [n for n, m in MODELS.items() if not m.tags & REFUSED and n not in RAISES and n != "used_both_ways"]
 
 
-@pytest.mark.parametrize("name", [*RAISES, *some(ACTS, 4)])
+@pytest.mark.parametrize("name", [*RAISES, *some(ACTS, 8)])
 def test_gain_at_every_layer_equals_scaled_kernels(name):
     """On every kernel, and on every bias that follows one; at the output, and at the residual add where there is one."""
     fn, params, args = MODELS[name].make()

@@ -9,6 +9,7 @@ import numpy as np
 import peftjax as pj
 import pytest
 from laws import (
+    BLOCKS,
     KEY,
     LAWS,
     METHODS,
@@ -34,23 +35,35 @@ COVER = cover()
 
 
 OF_METHODS = (8, 9, 10)  # what these laws say hangs on the method more than on the model
-# Methods whose overlays differ from another one's in numbers alone: the first's laws of methods are theirs.
-ALIKE = {"rslora", "lora_gaussian", "lora_zero_a", "olora", "lora_orthogonal", "bitfit", "full", "layer_norm", "head",
-         "last_layers"}  # fmt: skip
+IN_PART = (1, 5, 6)  # and of these the last of what they say, which is compiled for itself
+# Methods of a family of which another one stands for them by default.
+ALIKE = {"rslora", "lora_gaussian", "lora_zero_a", "pissa", "olora", "lora_orthogonal", "lora_fa", "lora_bias", "dora_pissa",
+         "dora_dropout", "lora_and_biases", "bitfit", "full", "layer_norm", "head", "last_layers", "adapter_pfeiffer",
+         "adapter_parallel", "compacter_plus", "reft_output", "ia3_feedforward", "oft_neumann", "oft_shared", "lokr_whole",
+         "prompt", "p_tuning", "prefix"}  # fmt: skip
 
 
 def cells(pairs):
-    """Every law that says something of a pair; the laws of a pair stand together, for they share what was compiled."""
+    """Every law that says something of a pair; the laws of a pair stand together, for they share what was compiled.
+
+    What hangs on the method is seen on one model, a small one on which nothing has to be merged.
+    """
     made = [(law, *pair) for pair in pairs for law in LAWS if refusal(*pair) is None and applies(law, *pair)]
-    usual = {cell[:2]: cell for cell in reversed(made)}
-    rare = lambda cell: cell[0] in OF_METHODS and (cell != usual[cell[:2]] or cell[1] in ALIKE)
-    marks = lambda cell: pytest.mark.full if rare(cell) else ()
-    return [pytest.param(*cell, id=f"{cell[1]}-{cell[2]}-{cell[0]}", marks=marks(cell)) for cell in made]
+    unlike = lambda cell: ("merges" in MODELS[cell[2]].tags, cell[2] in BLOCKS)
+    own = {cell[:2]: cell for cell in sorted(made, key=unlike, reverse=True)}
+
+    def marks(cell):
+        if cell[0] not in OF_METHODS:
+            return ()
+        return pytest.mark.full if cell != own[cell[:2]] else pytest.mark.ci if cell[1] in ALIKE else ()
+
+    options = lambda cell: {"thorough": cell == own[cell[:2]] and cell[1] not in ALIKE} if cell[0] in IN_PART else {}
+    return [pytest.param(*c, options(c), id=f"{c[1]}-{c[2]}-{c[0]}", marks=marks(c)) for c in made]
 
 
-@pytest.mark.parametrize("law,method,model", cells(COVER))
-def test_law(law, method, model):
-    LAWS[law](method, model)
+@pytest.mark.parametrize("law,method,model,options", cells(COVER))
+def test_law(law, method, model, options):
+    LAWS[law](method, model, **options)
 
 
 @pytest.mark.full

@@ -89,6 +89,7 @@ def settled(name, cwd, repository):
     return subprocess.run([sys.executable, "-c", script], cwd=cwd, env=clean(), capture_output=True, text=True)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", some(["quickstart", "sharded"], 2))
 def test_where_the_repository_is_not_it_is_cloned_once(name, tmp_path):
     """As in Colab, and after a restart of its kernel, beside a folder called as the package."""
@@ -107,6 +108,7 @@ def test_where_the_repository_is_not_it_is_cloned_once(name, tmp_path):
         assert done.stdout.splitlines()[-1] == f"{clone}/peftjax/__init__.py {clone}/experiments/__init__.py", done.stderr
 
 
+@pytest.mark.ci
 def test_sharded(place, folder):  # noqa: F811
     small = {"model": str(place / "model"), "rows": str(place / "mine.csv"), "length": 8, "batch": 16}
     notebook = executed("sharded", folder, **small, steps=8, every=2, plan_length=16)
@@ -120,6 +122,7 @@ def test_sharded(place, folder):  # noqa: F811
         assert re.search(rf"{method} +[\d.]+ +0.0\d +0.\d\d ", found), method
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("method", ["adapter", pytest.param("lora", marks=pytest.mark.full)])
 def test_quickstart(method, place, folder):  # noqa: F811
     small = {"model": str(place / "model"), "rows": str(place / "mine.csv"), "length": 8, "batch": 16, "most": 128}

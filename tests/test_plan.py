@@ -172,6 +172,7 @@ def test_a_tpus_compiler_says_what_fits(costs):
     assert tpu.fits and not dataclasses.replace(tpu, device="NVIDIA H100").fits
 
 
+@pytest.mark.ci
 def test_the_command_prints_json(config, capsys):
     arguments = ["--model", str(config), "--mesh=fsdp:8", "--length=16", "--methods=lora", "--rank=2", "--json"]
     assert plan.main(arguments) == 0

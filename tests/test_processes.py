@@ -207,6 +207,7 @@ def test_two_processes_give_what_one_device_gives(tmp_path):
     np.testing.assert_allclose(losses(begin()[0], again, first=3)[0], want[3:], rtol=1e-5)
 
 
+@pytest.mark.ci
 def test_a_disk_that_is_full_for_one_ends_both_and_leaves_the_checkpoint_before(tmp_path):
     port = free_port()
     found = run(filling, [(k, port, tmp_path / "runs") for k in range(2)])
@@ -228,6 +229,7 @@ def test_sigterm_to_one_stops_both_within_validation(tmp_path):
         assert k == index and "stopped by SIGTERM after step 1; the state is in" in message and numbers == [1]
 
 
+@pytest.mark.ci
 def test_sigterm_without_checkpoints_does_what_it_always_does(tmp_path):
     both = judging(tmp_path, False, PROCESSES.Queue())
     os.kill(both[1].pid, signal.SIGTERM)
@@ -255,6 +257,7 @@ def test_when_one_process_dies_the_others_end_and_the_run_goes_on(tmp_path):
     np.testing.assert_allclose(found[0], want[-len(found[0]) :], rtol=1e-5)
 
 
+@pytest.mark.ci
 def test_a_process_that_never_joins_is_named():
     port = free_port()
     found = run(absent, [(0, port, 3), (2, port, 3)])

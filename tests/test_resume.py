@@ -182,6 +182,7 @@ def test_killed_at_twenty_moments(tmp_path):
     killed_and_restarted(tmp_path / "killed", ended(tmp_path / "whole"), 20, 25)
 
 
+@pytest.mark.ci
 def test_sigterm_saves_and_ends_the_run(whole, tmp_path):
     stopped(started(tmp_path, steps=5, pause=0.05), signal.SIGTERM)
     done = (tmp_path / "seen").stat().st_size
@@ -204,7 +205,7 @@ def test_sigterm_during_validation_saves_and_ends_the_run(epoch, whole, tmp_path
     goes_on_to(whole, tmp_path)
 
 
-@pytest.mark.full  # of two processes it is a default test, in test_processes.py
+@pytest.mark.full  # of two processes it runs before a change lands, in test_processes.py
 def test_a_full_disk_leaves_the_checkpoint_before(whole, tmp_path):
     stopped(started(tmp_path, steps=8, pause=0.02), signal.SIGKILL)
     with Runs(tmp_path / "runs", METHOD) as runs:

@@ -130,7 +130,7 @@ def normed():
     return method, *pj.attach(method, fn, params, batch_of(0), carried, key=KEY), carried
 
 
-@pytest.mark.parametrize("axes", [None, "data:4,model:2"])
+@pytest.mark.parametrize("axes", [pytest.param(None, marks=pytest.mark.ci), "data:4,model:2"])
 def test_a_models_own_state_goes_on_bit_by_bit(tmp_path, axes):
     method, apply, tuned, carried = normed()
     mesh = axes and make_mesh(axes)

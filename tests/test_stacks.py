@@ -115,7 +115,7 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize("names, post", some([(names, post) for names in PAIRS for post in (False, True)], 5))
+@pytest.mark.parametrize("names, post", some([(names, post) for names in PAIRS for post in (False, True)], 13))
 def test_one_over_another(names, post):
     """Values and the gradients of both; under a lock those of the upper one alone, and nothing else changes."""
     fn = lambda p, x: model(p, x, post)
@@ -140,6 +140,7 @@ def test_one_over_another(names, post):
     assert set(pj.extract(upper)) == {k for k in flat if "/base/" not in k}
 
 
+@pytest.mark.ci
 def test_three_in_order():
     """Each order of three is its own function, and what is explained names all of them."""
     fn = lambda p, x: model(p, x, True)

@@ -7,6 +7,7 @@ import types
 import jax
 import numpy as np
 import pytest
+from covers import some
 from rich.console import Console
 from test_bert import torch_tensors, write
 from test_experiments import SMALL
@@ -60,6 +61,7 @@ def run(place, data, c=None, **changes):
     return finetune.run(c, console), finetune.folder_of_run(c), console.file.getvalue()
 
 
+@pytest.mark.ci
 def test_regress(place):
     results, folder, printed = run(place, "scores.jsonl", task="regress")
     mine = results[-1].scores
@@ -70,7 +72,7 @@ def test_regress(place):
     assert abs(low - 10) < 1.5 and abs(high - 14) < 1.5
 
 
-@pytest.mark.parametrize("method", ["prefix", "prompt"])
+@pytest.mark.parametrize("method", some(["prefix", "prompt"], 2))
 def test_tokens(place, method):
     """Per-token outputs have no virtual positions: a tag stands at its own word."""
     results, folder, _ = run(place, "names.jsonl", task="tokens", method=method, epochs=10)
@@ -80,6 +82,7 @@ def test_tokens(place, method):
     assert [len(tags) for tags in said] == [4, 1] and {tag for tags in said for tag in tags} == {"B-PER", "O"}
 
 
+@pytest.mark.ci
 def test_span(place):
     results, folder, printed = run(place, "questions.jsonl", task="span")
     assert results[-1].scores["exact match"] > 0.8 > results[0].scores["F1"]

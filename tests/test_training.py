@@ -61,16 +61,19 @@ def test_equals_a_loop_by_hand():
     (apply, tuned), tx = made(), optax.adamw(1e-2)
     trainable, frozen = pj.partition(tuned)
     opt_state = tx.init(trainable)
-    for seed in range(3):
-        batch = batch_of(seed=seed)
 
+    @jax.jit
+    def by_hand(trainable, opt_state, batch):
         def mean(trainable):
             value, aux = token_loss(apply(pj.combine(trainable, frozen), batch), batch)
             return value / aux["weight"]
 
         value, grads = jax.value_and_grad(mean)(trainable)
         updates, opt_state = tx.update(grads, opt_state, trainable)
-        trainable = optax.apply_updates(trainable, updates)
+        return optax.apply_updates(trainable, updates), opt_state, value, grads
+
+    for seed in range(3):
+        trainable, opt_state, value, grads = by_hand(trainable, opt_state, batch_of(seed=seed))
     state, metrics = after(pj.make_train_step(apply, token_loss, tx), pj.train_state(tuned, tx))
     close(state.trainable, trainable)
     close(state.opt_state, opt_state)

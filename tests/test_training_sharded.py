@@ -51,8 +51,7 @@ class Net(nn.Module):
     @nn.compact
     def __call__(self, ids):
         x = nn.Embed(24, 16, name="embed")(ids)  # (B, T, D)
-        for k in range(2):
-            x = Block(name=f"block_{k}")(x)
+        x = Block(name="block_0")(x)
         return nn.Dense(24, use_bias=False, name="head")(x)
 
 
@@ -93,7 +92,7 @@ def started(method, mesh, tx):
     return pj.train_state(tuned, tx, mesh=mesh, specs=by_rules(RULES, pj.strip(tuned), mesh))
 
 
-@pytest.mark.parametrize("method, accumulate", covered(list(METHODS), [1, 2]))
+@pytest.mark.parametrize("method, accumulate", covered(list(METHODS), [1, 2], at=(0, 1)))
 def test_eight_devices_give_what_one_gives(method, accumulate):
     mesh, tx = make_mesh("data:2,fsdp:2,model:2"), optax.adamw(1e-2)
     step = pj.make_train_step(made(method)[0], token_loss, tx, mesh, accumulate=accumulate)
@@ -235,7 +234,7 @@ def on_mesh(name, method):
     return step.lower(state, batch).compile(), pj.strip(state.tuned), step.place(batch)
 
 
-@pytest.mark.parametrize("name, method", covered(list(MESHES), list(FROZEN)))
+@pytest.mark.parametrize("name, method", covered(list(MESHES), list(FROZEN), at=(0, 3)))
 def test_no_weight_of_the_base_is_gathered_that_the_base_does_not_gather(name, method):
     """Not once more than by the base's forward pass; where that moves activations to the weights, than by its gradient.
 
@@ -245,7 +244,7 @@ def test_no_weight_of_the_base_is_gathered_that_the_base_does_not_gather(name, m
     forward, back = base_gathers(name)
     found = gathered_weights(step, params)
     assert found <= (back if name == "table" else forward), (found, forward, back)
-    assert sum(back.values()) >= (0 if name == "model" else 5)
+    assert sum(back.values()) >= (0 if name == "model" else 3)
 
 
 DECODER = {
@@ -267,6 +266,7 @@ def layers_gathered(compiled, sizes):
     return found
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name, remat", some(list(itertools.product(["lora", "dora", "adapter"], ["layers", "none"])), 6))
 def test_a_scanned_layer_is_gathered_as_often_as_by_the_passes_of_the_base(name, remat, tmp_path):
     """Once going forward and once going back, of which the second has every layer computed again."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from covers import covered
+from covers import covered, some
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from zoo import MODELS
@@ -192,7 +192,7 @@ def close(got, want, mask=MASK):
     assert (np.abs(got - want) * mask).max() <= 1e-5 * np.abs(want).max()
 
 
-@pytest.mark.parametrize("name, placed", covered(list(BUILDERS), [(False, "first"), (True, "first"), (False, "last")]))
+@pytest.mark.parametrize("name, placed", covered(list(BUILDERS), [(False, "first"), (True, "first"), (False, "last")], at=(0, 4, 8)))
 def test_a_prefix_is_real_keys_and_values_whatever_ids_stand_there(name, placed, monkeypatch):
     """A causal model cannot see what comes last."""
     causal, side = placed
@@ -206,7 +206,7 @@ def test_a_prefix_is_real_keys_and_values_whatever_ids_stand_there(name, placed,
     close(apply(pj.disable(tuned), IDS, MASK), fn(params, IDS, MASK))
 
 
-@pytest.mark.parametrize("name, causal", covered(list(BUILDERS), [False, True]))
+@pytest.mark.parametrize("name, causal", covered(list(BUILDERS), [False, True], at=range(0, 10, 3)))
 def test_a_prompt_is_real_embeddings(name, causal):
     fn, params = BUILDERS[name](causal)
     apply, tuned = pj.attach(pj.prompt(N), fn, params, IDS, MASK, key=KEY, tokens={})
@@ -245,12 +245,7 @@ METHODS = {
 }
 
 
-LIFTED = ("plain", "scan_bias", "scan_remat", "linen", "linen_scan", "linen_remat", "linen_jit", "nnx")
-
-
-def rarely(names, usual=("plain", "linen_scan", "nnx")):
-    """These, most of them only with `-m full`."""
-    return [name if name in usual else pytest.param(name, marks=pytest.mark.full) for name in names]
+LIFTED = ("plain", "linen_scan", "nnx", "scan_remat", "scan_bias", "linen", "linen_remat", "linen_jit")
 
 
 def tuned_plain(kind, causal=True, name="plain"):
@@ -259,8 +254,7 @@ def tuned_plain(kind, causal=True, name="plain"):
     return fn, params, apply, tuned
 
 
-@pytest.mark.parametrize("name", rarely(LIFTED))
-@pytest.mark.parametrize("kind", METHODS)
+@pytest.mark.parametrize("kind, name", covered(list(METHODS), LIFTED, at=range(4)))
 def test_the_laws_of_trees(kind, name, tmp_path):
     """Stripping, the flat and the saved form, one trace, what moves, merging, and folding."""
     fn, params, _, fresh = tuned_plain(kind, name=name)
@@ -295,7 +289,7 @@ def test_the_laws_of_trees(kind, name, tmp_path):
             pj.fold(tuned)
 
 
-@pytest.mark.parametrize("name, kind", covered(list(LIFTED), ["prompt", "prefix"]))
+@pytest.mark.parametrize("name, kind", covered(LIFTED, ["prompt", "prefix"], at=(0, 3, 7)))
 def test_gradients_are_those_of_real_rows(name, kind):
     fn, params, apply, tuned = tuned_plain(kind, name=name)
     trainable, frozen = pj.partition(drawn(tuned))
@@ -313,8 +307,8 @@ def test_gradients_are_those_of_real_rows(name, kind):
         np.testing.assert_allclose(x, want[key], atol=1e-5 * top, err_msg=key)
 
 
-@pytest.mark.parametrize("name", rarely(LIFTED, ("plain",)))
 @pytest.mark.parametrize("kind", METHODS)
+@pytest.mark.parametrize("name", some(list(LIFTED), len(LIFTED)))
 def test_many_adapters_in_one_batch_and_eight_devices(kind, name):
     fn, params, apply, fresh = tuned_plain(kind, name=name)
     trees = [drawn(fresh, seed) for seed in (1, 2)]
@@ -583,7 +577,7 @@ def of_positions(kind):
     return fn, tuned, call
 
 
-@pytest.mark.parametrize("said, kind", covered(list(PACKED), ["prompt", "prefix"]))
+@pytest.mark.parametrize("said, kind", covered(list(PACKED), ["prompt", "prefix"], at=(0, 3, 4)))
 def test_packed_rows_are_nan_where_values_are_traced(said, kind):
     """And their gradients; other rows stay as they are."""
     fn, tuned, call = of_positions(kind)
@@ -629,7 +623,7 @@ LEGAL = {
 }
 
 
-@pytest.mark.parametrize("said", LEGAL)
+@pytest.mark.parametrize("said", covered(list(LEGAL), at=(0, 2, 5)))
 def test_padding_is_no_packing(said):
     body, tuned, call = of_positions("prefix")
     mask, places = map(np.array, LEGAL[said])
@@ -639,9 +633,9 @@ def test_padding_is_no_packing(said):
 
     apply = pj.wrap_tokens(fn)
     want = apply(tuned, IDS, mask, places)
-    for given in (mask, mask.astype(bool), mask.astype(np.float32), mask[:, None, None]):
-        for run in (apply, jax.jit(apply)):
-            close(run(tuned, IDS, given, places.astype(np.uint8)), want, mask)
+    jitted, places = jax.jit(apply), places.astype(np.uint8)
+    for run, given in (jitted, mask), (apply, mask.astype(bool)), (jitted, mask.astype(np.float32)), (apply, mask[:, None, None]):
+        close(run(tuned, IDS, given, places), want, mask)
     assert np.isfinite(want).all()
 
 
@@ -698,8 +692,7 @@ def test_a_train_step_leaves_a_packed_batch_out():
             assert int(metrics["skipped"]) == skipped and all(moved) == (not changes) and any(moved) == (not changes)
 
 
-@pytest.mark.parametrize("made", ["outside", "inside"])
-@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+@pytest.mark.parametrize("kind, made", covered(["prompt", "prefix"], ["outside", "inside"]))
 def test_a_model_may_hold_random_keys(kind, made):
     """Typed keys, as constants of the trace and made in it."""
     fn, params, _, tuned = tuned_plain(kind)
@@ -789,7 +782,8 @@ def test_a_fused_kernel_takes_a_prefix_in_some_features(hidden):
 
 
 @pytest.mark.parametrize(
-    "name, kind", covered([name for name, model in MODELS.items() if "tokens" in model.tags], ["prompt", "prefix"])
+    "name, kind",
+    covered([name for name, model in MODELS.items() if "tokens" in model.tags], ["prompt", "prefix"], at=(0, 1)),
 )
 def test_models_of_the_zoo(name, kind, monkeypatch):
     fn, params, args = MODELS[name].make()

@@ -17,7 +17,7 @@ def floats(tree):
     return [x for x in jax.tree.leaves(tree) if is_float(x)]
 
 
-@pytest.mark.parametrize("name", some(list(MODELS), 3))
+@pytest.mark.parametrize("name", some(list(MODELS), 12))
 def test_model(name):
     model = MODELS[name]
     example = model.make()
