@@ -1,17 +1,18 @@
 """Which cases of a table run by default: the others are marked `full`, or `ci` where they run before a change lands."""
 
 import itertools
-from typing import Any, Iterable, Sequence
+from typing import Any, Collection, Sequence
 
 import pytest
 
 
-def covered(*lists: Sequence[Any], at: Iterable[int] | None = None) -> list[Any]:
+def covered(*lists: Sequence[Any], at: Collection[int] | None = None) -> list[Any]:
     """Every combination; those run by default that hold each entry of each list once, as far as the lists are as long.
 
     Of these, only those of the numbers `at`, if given; the others of these are marked `ci`.
     """
     whole = range(max(map(len, lists)))
+    assert set(at or ()) <= set(whole), f"at={at}, of {len(whole)} cases"
     kept = {tuple(k % len(x) for x in lists): () if at is None or k in at else pytest.mark.ci for k in whole}
     every = itertools.product(*(range(len(x)) for x in lists))
     return [pytest.param(*(x[k] for x, k in zip(lists, case)), marks=kept.get(case, pytest.mark.full)) for case in every]

@@ -175,7 +175,6 @@ def scanned(step, tokens=2048, width=384, layers=6):
     return jax.jit(grad).lower(trainable, frozen, x).compile().cost_analysis()["flops"]
 
 
-@pytest.mark.ci
 def test_a_scanned_step_costs_little_more_than_loras():
     assert scanned(pj.dora(rank=8, targets="up|down")) <= 1.15 * scanned(pj.lora(rank=8, targets="up|down"))
 
@@ -190,7 +189,7 @@ class Block(nn.Module):
         return bert.Layer(self.config, name="layer")(x, mask, False), None
 
 
-def scanned_bert(method, layers=2, width=384):
+def scanned_bert(method, layers=6, width=384):
     """XLA's count of a step of BERT's layers under `nn.scan`; it counts a loop's body once, so the loop is unrolled."""
     config = bert.Config(8, width, layers, 12, 4 * width, 8, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     options = dict(variable_axes={"params": 0}, split_rngs={"params": True}, length=layers, unroll=layers)
@@ -206,10 +205,11 @@ def scanned_bert(method, layers=2, width=384):
     return jax.jit(grad).lower(trainable, frozen).compile().cost_analysis()["flops"]
 
 
+@pytest.mark.ci
 @pytest.mark.third_party
 def test_a_step_of_a_scanned_bert_costs_little_more_than_loras():
     lora, dora = (scanned_bert(make(rank=8, alpha=16, targets=".*kernel")) for make in (pj.lora, pj.dora))
-    assert lora > 2 * 1.5e10  # of both layers, not of one
+    assert lora > 6 * 1.5e10  # of every layer, not of one
     assert dora <= 1.15 * lora
 
 

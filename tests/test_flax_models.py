@@ -12,7 +12,7 @@ from zoo import MODELS
 import peftjax as pj
 from covers import covered
 from trees import away
-from peftjax.paths import flatten
+from peftjax.paths import flatten, path_of
 
 transformers = pytest.importorskip("transformers")
 
@@ -118,18 +118,20 @@ def built(name):
     """A model of transformers, with random parameters, as a function of them and of its inputs."""
     config, options, inputs = CASES[name]
     model = getattr(transformers, f"Flax{name}")(getattr(transformers, config)(**options), _do_init=False)
-    rng, shapes = np.random.default_rng(0), flatten(unfreeze(model.params_shape_tree))
-    values = iter([drawn(path.rpartition("/")[2], x.shape, rng) for path, x in shapes])
-    params = jax.tree.map(lambda _: next(values), unfreeze(model.params_shape_tree))
+    rng = np.random.default_rng(0)
+    made = lambda keys, x: drawn(path_of(keys).rpartition("/")[2], x.shape, rng)
+    params = jax.tree_util.tree_map_with_path(made, unfreeze(model.params_shape_tree))
     return lambda params, **inputs: model(**inputs, params=params, train=False)[0], params, inputs
+
+
+NEUTRAL = {"scale": 1, "weight": 1, "var": 1, "bias": 0, "mean": 0}
 
 
 def drawn(name, shape, rng):
     """Random numbers for a leaf of this name, made by numpy, where a model would compile a program for every shape."""
-    if name in ("scale", "weight", "var"):
-        x = np.ones(shape)
-    else:
-        x = np.zeros(shape) if name in ("bias", "mean") else rng.standard_normal(shape) / np.sqrt(shape[-2] if len(shape) > 1 else 1)
+    if name in NEUTRAL:
+        return jax.device_put(np.full(shape, NEUTRAL[name], np.float32))
+    x = rng.standard_normal(shape) / np.sqrt(shape[-2] if len(shape) > 1 else 1)
     return jax.device_put(x.astype(np.float32))
 
 

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import peftjax as pj
 import pytest
-from covers import covered, some
+from covers import some
 from peftjax.interop import hf_peft
 from safetensors.numpy import load_file, save_file
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.third_party
 
+LATER = ("roberta", "t5", "bart")  # whose LoRA, of the same formats, is judged before a change lands
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 CASES = [(m, a) for m in golden.KINDS for a in golden.adapters(m)]
 WRITTEN = [case for case in CASES if case not in (("t5", "prefix"), ("bart", "prefix"))]
@@ -28,7 +29,7 @@ def loaded(model, adapter):
     return hf_peft.load(golden.GOLDEN / model / adapter, params, roles, **golden.known(model, adapter))
 
 
-@pytest.mark.parametrize("model", covered(list(golden.KINDS), at=(0, 2, 3, 4, 7)))
+@pytest.mark.parametrize("model", [pytest.param(m, marks=pytest.mark.ci if m in LATER else ()) for m in golden.KINDS])
 def test_every_row_of_the_golden_table_holds(model):
     """The logits of each adapter are those that peft gives, under each mask: `pytest -s` prints the errors."""
     table = {}

@@ -92,8 +92,8 @@ def test_a_prefix_is_real_keys_and_values(kind, shift):
     given = [[flat[site.format(i, name)] for name in ("key", "value")] for i in range(2)]
     assert len(flat) == 4
     want = by_hand(params, words(params, ids), mask, placed(mask) + (N if shift else 0), given)
-    apply = jax.jit(run) if shift else run
-    close(apply(tuned, ids, mask, placed(mask)), want)
+    for apply in (run, jax.jit(run)):
+        close(apply(tuned, ids, mask, placed(mask)), want)
     if kind == "full" and not shift:
         close(pj.wrap_tokens(fn, **NAMES)(tuned, ids, mask), want)  # with positions that the model makes itself
 
@@ -112,8 +112,8 @@ def test_a_prompt_is_real_embeddings(kind, side):
         parts = [(x, rows), (mask, ones), (places, places.max(1, keepdims=True) + 1 + count)]
     want = by_hand(params, *(jnp.concatenate(pair, 1) for pair in parts), NOTHING)
     run = pj.wrap_tokens(fn, side=side, check=side == "last", **PLACED)  # the head reads the first row, as peft's does
-    apply = jax.jit(run) if side == "last" else run
-    close(apply(tuned, ids, mask, places), want)
+    for apply in (run, jax.jit(run)):
+        close(apply(tuned, ids, mask, places), want)
     if kind == "full":
         close(pj.wrap_tokens(fn, side=side, check=side == "last", **NAMES)(tuned, ids, mask), want)
     if side == "first":

@@ -51,7 +51,8 @@ class Net(nn.Module):
     @nn.compact
     def __call__(self, ids):
         x = nn.Embed(24, 16, name="embed")(ids)  # (B, T, D)
-        x = Block(name="block_0")(x)
+        for k in range(2):
+            x = Block(name=f"block_{k}")(x)
         return nn.Dense(24, use_bias=False, name="head")(x)
 
 
@@ -244,7 +245,7 @@ def test_no_weight_of_the_base_is_gathered_that_the_base_does_not_gather(name, m
     forward, back = base_gathers(name)
     found = gathered_weights(step, params)
     assert found <= (back if name == "table" else forward), (found, forward, back)
-    assert sum(back.values()) >= (0 if name == "model" else 3)
+    assert sum(back.values()) >= (0 if name == "model" else 5)
 
 
 DECODER = {
